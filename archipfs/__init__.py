@@ -1,0 +1,1 @@
+"""archipfs: a volume store for virtual machines."""

@@ -1,0 +1,1 @@
+"""Blockers: southbound drivers that keep the bytes. ``contract`` says what a driver must do."""

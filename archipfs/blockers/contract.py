@@ -1,0 +1,224 @@
+"""The southbound contract: what a store must do, in three kinds of things.
+
+A *blocker* is synchronous and thread-safe: any method may be called from any thread at any time, and different
+objects never wait for each other. Callers keep it off the event loop.
+
+=====================  ==========================================================  ==========================
+kind                   what it is for                                              how it changes
+=====================  ==========================================================  ==========================
+immutable object       packs                                                       never, once put
+data object            a layer's bytes and its bitmap                              in place, durable on flush
+record                 volumes, layers, names, locks                               compare-and-swap
+=====================  ==========================================================  ==========================
+
+Keys are ``kind/ident``: lower-case letters, digits, ``-``, ``.`` and one slash, 200 bytes at most; idents carry uuids
+or hashes, never what a user typed. A key of a data object or an immutable object is not used again after its delete. Missing things: ``get_record`` returns ``None``; everything else raises ``ObjectMissing``, except
+that deleting what is not there succeeds (so that a delete may be repeated). ``StoreFull`` is raised for no space
+and ``StoreUnavailable`` for a store that cannot be reached; any other failure is a ``StoreError``.
+
+Retries: every call may be repeated after a ``StoreError``, with three exceptions. ``put_record`` and ``delete_record``
+may have taken effect although they raised: read the record before deciding. ``create_data`` may have left the empty
+object: repeating it can raise ``AlreadyExists``. ``flush`` must not be repeated: see there. (The ``retry`` wrapper
+knows all three.) ``Conflict``, ``AlreadyExists``, ``ObjectMissing`` and ``InvalidInput`` mean that nothing was changed.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from archipfs.errors import InvalidInput
+
+KEY_BYTES_MAX = 200
+KEY_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*/[a-z0-9][a-z0-9.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as stored.
+
+    ``version`` grows with every change of this key, and is never used twice for it, not even when the record is deleted
+    and made again. It means nothing else: the step from one to the next is the driver's affair.
+    """
+
+    value: bytes
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Room in the store, in bytes. A driver that cannot know reports zeros."""
+
+    total_bytes: int
+    free_bytes: int
+    available_bytes: int
+    """Free for us: less than ``free_bytes`` where the file system reserves some."""
+
+
+class DataObject(ABC):
+    """An open sparse object, written in place. Several may be open on one object at once, in several processes.
+
+    A negative offset, length or size is ``InvalidInput``; an end beyond ``Blocker.data_bytes_max`` is ``TooLarge``.
+    Changing one that was opened for reading, or using one that was closed, is a ``StoreError``.
+    """
+
+    @abstractmethod
+    def pread(self, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes; holes and what lies beyond the end read as zeros."""
+
+    @abstractmethod
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of ``data``, growing the object where needed.
+
+        On return it is visible to every reader but durable only after ``flush``. After an error any part of it may
+        have been written. A crash before the flush leaves each sector old or new.
+        """
+
+    @abstractmethod
+    def punch(self, offset: int, length: int) -> None:
+        """Make the range read as zeros and give its space back. Never changes the size. Durable after ``flush``."""
+
+    @abstractmethod
+    def truncate(self, size: int) -> None:
+        """Cut or extend (with a hole) to ``size`` bytes. Durable after ``flush``."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Everything that returned before this call is durable when it returns.
+
+        After an error nobody knows what is: the object must not be trusted until it is opened again, and what was
+        not flushed before is lost or not, sector by sector.
+        """
+
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes from the start to the end of the object, holes included."""
+
+    @abstractmethod
+    def allocated(self) -> int:
+        """Bytes it takes in the store; ``size()`` where the driver cannot know."""
+
+    @abstractmethod
+    def next_data(self, offset: int) -> int | None:
+        """The first offset at or after ``offset`` that may hold something else than a hole, ``None`` if there is none."""
+
+    @abstractmethod
+    def next_hole(self, offset: int) -> int:
+        """The first offset at or after ``offset`` that lies in a hole; all from the end of the object on counts as one."""
+
+    def fileno(self) -> int | None:
+        """A file descriptor that means the same object, for the engine to use directly, or ``None``."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it, without making anything durable. Closing twice is allowed."""
+
+
+class Blocker(ABC):
+    """One backend's store."""
+
+    # Immutable objects
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Store an immutable object: durable, and visible whole or not at all. Putting the same again succeeds."""
+
+    @abstractmethod
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """A range of it in bytes (to its end for ``None``); less than ``length`` where it ends before."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether it is there."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove it, durably."""
+
+    @abstractmethod
+    def list(self, kind: str) -> Iterator[str]:
+        """Keys of all immutable objects of a kind, in no order. What comes or goes meanwhile may be in it or not."""
+
+    # Data objects
+
+    @abstractmethod
+    def create_data(self, key: str) -> DataObject:
+        """An empty data object, durable in its emptiness. ``AlreadyExists`` if there is one."""
+
+    @abstractmethod
+    def open_data(self, key: str, *, writable: bool) -> DataObject:
+        """Open one that exists."""
+
+    @abstractmethod
+    def delete_data(self, key: str) -> None:
+        """Remove it, durably. Those who have it open may go on using what they opened."""
+
+    @abstractmethod
+    def list_data(self, kind: str) -> Iterator[str]:
+        """Keys of all data objects of a kind, in no order."""
+
+    @property
+    @abstractmethod
+    def data_bytes_max(self) -> int:
+        """The largest size a data object can have. Larger is ``TooLarge``, or works, as the store under it will."""
+
+    # Records
+
+    @abstractmethod
+    def get_record(self, key: str) -> Record | None:
+        """The newest version, or ``None``.
+
+        It may be one whose ``put_record`` is just under way, and so a moment before it is durable.
+        """
+
+    @abstractmethod
+    def put_record(self, key: str, value: bytes, expected: int | None) -> int:
+        """Replace the version ``expected`` (``None``: there must be no record) and return the new version.
+
+        Durable and atomic: a reader sees the old or the new value. Raises ``Conflict``, and changes nothing, if the
+        record is at another version; of several racing callers exactly one wins.
+        """
+
+    @abstractmethod
+    def delete_record(self, key: str, expected: int) -> None:
+        """Remove the version ``expected``, durably. ``Conflict`` if it is at another one; nothing if it is gone."""
+
+    @abstractmethod
+    def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+        """All records of a kind with their values, in no order."""
+
+    # The whole
+
+    @abstractmethod
+    def space(self) -> Space:
+        """Room in the store now."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Where it is, for people: a path, a pool."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store."""
+
+
+def check_key(key: str) -> tuple[str, str]:
+    """Split a key into kind and ident. Raises ``InvalidInput`` for anything that is not a key."""
+    if len(key) > KEY_BYTES_MAX or not KEY_PATTERN.fullmatch(key):
+        raise InvalidInput(f"not a store key: {key!r}; this is a bug in the caller, please report it")
+    kind, ident = key.split("/")
+    return kind, ident
+
+
+def check_kind(kind: str) -> None:
+    """Raises ``InvalidInput`` for what cannot stand before the slash of a key."""
+    check_key(f"{kind}/0")
+
+
+def check_range(offset: int, length: int = 0) -> None:
+    """Raises ``InvalidInput`` for a range of bytes that begins or ends before it can."""
+    if offset < 0 or length < 0:
+        raise InvalidInput(
+            f"not a range: offset {offset}, length {length}; this is a bug in the caller, please report it"
+        )

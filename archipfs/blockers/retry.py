@@ -1,0 +1,200 @@
+"""A wrapper that repeats what failed because the store could not be reached.
+
+Only ``StoreUnavailable`` is repeated: a full disk, a missing object or a conflict stays what it is. Three calls need
+more than that (``delete_record`` does not: deleting what is gone succeeds):
+
+``put_record``
+    The record is read before anything else is done. At the expected version: nothing happened, or has not happened yet;
+    do it again. Holding our value at another version: it happened. **The value must therefore be unique to its writer**
+    (a generation and an owner in it, say): else another's equal value passes for ours. Anything else is a ``Conflict``,
+    also where ours took effect and was replaced at once: what the caller reads next is the truth in both cases.
+    The same is asked when a repeated call says ``Conflict``: the store may have been slow with our first one.
+``create_data``
+    ``AlreadyExists`` on a repeated call means our own, as idents are never used twice; it must be empty.
+``flush``
+    Is never repeated. A kernel that failed to write a page back may mark it clean, and say yes the second time; so may
+    anything that caches below us. The caller has to treat what was not flushed before as lost or not, sector by sector.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from archipfs.blockers.contract import Blocker, DataObject, Record, Space
+from archipfs.errors import AlreadyExists, Conflict, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Up to ``attempts`` calls; pauses double from ``delay_s`` to ``delay_max_s``; none begins after ``time_limit_s``."""
+
+    attempts: int = 8
+    delay_s: float = 0.05
+    delay_max_s: float = 5.0
+    time_limit_s: float = 30.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, action: Callable[[int], T]) -> T:
+        """The result of ``action(number of the attempt, from 0)``; its last ``StoreUnavailable`` when that is all."""
+        deadline_s = self.clock() + self.time_limit_s
+        delay_s = self.delay_s
+        attempt = 0
+        while True:
+            try:
+                return action(attempt)
+            except StoreUnavailable as error:
+                attempt += 1
+                if attempt >= self.attempts or self.clock() + delay_s > deadline_s:
+                    raise
+                log.warning("%s (attempt %d, again in %.2f s)", error, attempt, delay_s)
+            self.sleep(delay_s)
+            delay_s = min(2 * delay_s, self.delay_max_s)
+
+
+class RetryBlocker(Blocker):
+    """``inner``, repeated as ``policy`` says."""
+
+    def __init__(self, inner: Blocker, policy: RetryPolicy | None = None) -> None:
+        self._inner = inner
+        self._policy = policy or RetryPolicy()
+
+    # Immutable objects
+
+    def put(self, key: str, data: bytes) -> None:
+        self._policy.run(lambda _: self._inner.put(key, data))
+
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        return self._policy.run(lambda _: self._inner.get(key, offset, length))
+
+    def exists(self, key: str) -> bool:
+        return self._policy.run(lambda _: self._inner.exists(key))
+
+    def delete(self, key: str) -> None:
+        self._policy.run(lambda _: self._inner.delete(key))
+
+    def list(self, kind: str) -> Iterator[str]:
+        # Whole or not at all: going on in the middle could leave out or repeat.
+        yield from self._policy.run(lambda _: tuple(self._inner.list(kind)))
+
+    # Data objects
+
+    def create_data(self, key: str) -> DataObject:
+        def action(attempt: int) -> DataObject:
+            try:
+                return self._inner.create_data(key)
+            except AlreadyExists:
+                if attempt == 0:
+                    raise
+                data = self._inner.open_data(key, writable=True)
+                if data.size() != 0:
+                    data.close()
+                    raise
+                return data
+
+        return _RetryDataObject(self._policy.run(action), self._policy)
+
+    def open_data(self, key: str, *, writable: bool) -> DataObject:
+        data = self._policy.run(lambda _: self._inner.open_data(key, writable=writable))
+        return _RetryDataObject(data, self._policy)
+
+    def delete_data(self, key: str) -> None:
+        self._policy.run(lambda _: self._inner.delete_data(key))
+
+    def list_data(self, kind: str) -> Iterator[str]:
+        yield from self._policy.run(lambda _: tuple(self._inner.list_data(kind)))
+
+    @property
+    def data_bytes_max(self) -> int:
+        return self._policy.run(lambda _: self._inner.data_bytes_max)
+
+    # Records
+
+    def get_record(self, key: str) -> Record | None:
+        return self._policy.run(lambda _: self._inner.get_record(key))
+
+    def put_record(self, key: str, value: bytes, expected: int | None) -> int:
+        def action(attempt: int) -> int:
+            if attempt > 0:
+                found = self._inner.get_record(key)
+                if (found.version if found else None) != expected:
+                    return done_or_conflict(found)
+            try:
+                return self._inner.put_record(key, value, expected)
+            except Conflict:
+                if attempt == 0:
+                    raise
+                return done_or_conflict(self._inner.get_record(key))
+
+        def done_or_conflict(found: Record | None) -> int:
+            if found is None or found.value != value or found.version == expected:
+                raise Conflict(f"record {key} is not at version {expected} any more; read it again")
+            return found.version
+
+        return self._policy.run(action)
+
+    def delete_record(self, key: str, expected: int) -> None:
+        # Deleting what is gone succeeds, and so does repeating a delete that took effect. A version that is another one
+        # is a Conflict both times, for no version comes back.
+        self._policy.run(lambda _: self._inner.delete_record(key, expected))
+
+    def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+        yield from self._policy.run(lambda _: tuple(self._inner.list_records(kind)))
+
+    # The whole
+
+    def space(self) -> Space:
+        return self._policy.run(lambda _: self._inner.space())
+
+    def describe(self) -> str:
+        return self._inner.describe()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _RetryDataObject(DataObject):
+    """Everything but ``flush`` may be repeated: each call says where, so doing it twice is doing it once."""
+
+    def __init__(self, inner: DataObject, policy: RetryPolicy) -> None:
+        self._inner = inner
+        self._policy = policy
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return self._policy.run(lambda _: self._inner.pread(offset, length))
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._policy.run(lambda _: self._inner.pwrite(offset, data))
+
+    def punch(self, offset: int, length: int) -> None:
+        self._policy.run(lambda _: self._inner.punch(offset, length))
+
+    def truncate(self, size: int) -> None:
+        self._policy.run(lambda _: self._inner.truncate(size))
+
+    def flush(self) -> None:
+        self._inner.flush()
+
+    def size(self) -> int:
+        return self._policy.run(lambda _: self._inner.size())
+
+    def allocated(self) -> int:
+        return self._policy.run(lambda _: self._inner.allocated())
+
+    def next_data(self, offset: int) -> int | None:
+        return self._policy.run(lambda _: self._inner.next_data(offset))
+
+    def next_hole(self, offset: int) -> int:
+        return self._policy.run(lambda _: self._inner.next_hole(offset))
+
+    def fileno(self) -> int | None:
+        return self._inner.fileno()
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,540 @@
+"""All volumes of all backends, by name: what the mount, the control socket and the command line ask for.
+
+Every method blocks and may be called from any thread. Operations that change a volume open it first, so that what a
+crash left behind is recovered before anything else happens to it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+import structlog
+
+from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.volume import Frozen, OpenVolume
+from archipfs.errors import (
+    AlreadyExists,
+    ArchipError,
+    Busy,
+    Fenced,
+    InvalidInput,
+    InvalidSize,
+    LockHeld,
+    NotFound,
+    ReadOnlyVolume,
+)
+from archipfs.map.mapper import Attributes, Mapper
+from archipfs.map.names import check_name
+from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
+from archipfs.types import LayerId, VolumeId
+from archipfs.units import format_size
+
+log = structlog.get_logger()
+
+CLOSING_SECONDS = 2.0
+"""How long an operation on an unused volume waits for its last user, who may be closing it just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A volume, with the mapper of the backend it lies in."""
+
+    mapper: Mapper
+    record: VolumeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What an operation made, and how long it took in here."""
+
+    record: VolumeRecord
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    kept: VolumeRecord
+    """A snapshot of what the rollback left."""
+    record: VolumeRecord
+
+
+@dataclass(slots=True)
+class _Table:
+    """The volumes open in this process; ``changed`` is notified when one is let go."""
+
+    volumes: dict[VolumeId, OpenVolume] = field(default_factory=dict)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class Composer:
+    def __init__(self, mappers: Mapping[str, Mapper], live: LiveBitmaps, default_backend: str) -> None:
+        """``mappers`` by backend name, in the order in which names are looked for."""
+        self._mappers = mappers
+        self._default_backend = default_backend
+        self._live = live
+        self._table = _Table()
+        self._reclaim_mutex = threading.Lock()
+        self._reclaim_wanted = False
+
+    # Looking
+
+    @property
+    def mappers(self) -> Mapping[str, Mapper]:
+        return self._mappers
+
+    def find(self, name: str) -> Found:
+        """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name."""
+        check_name(name)
+        for mapper in self._mappers.values():
+            found = mapper.find(name)
+            if found is not None:
+                return Found(mapper, self._as_open(found.record))
+        raise NotFound(f"no volume is called {name}; see `archip volume-list`")
+
+    def find_by_id(self, volume: VolumeId) -> Found:
+        """Also finds a volume that was removed and is still open. Raises ``NotFound``."""
+        opened = self._table.volumes.get(volume)
+        if opened is not None and opened.started:
+            return Found(opened.mapper, self._as_open(opened.record))
+        for mapper in self._mappers.values():
+            found = mapper.catalog.get(VolumeRecord, volume)
+            if found is not None:
+                return Found(mapper, found.record)
+        raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+
+    def volumes(self) -> Iterator[Found]:
+        """All volumes, in no order; each name once, as ``find`` finds it."""
+        seen = set()
+        for mapper in self._mappers.values():
+            for found in mapper.volumes():
+                if found.record.name not in seen:
+                    seen.add(found.record.name)
+                    yield Found(mapper, self._as_open(found.record))
+
+    def open_volumes(self) -> list[OpenVolume]:
+        with self._table.changed:
+            return [volume for volume in self._table.volumes.values() if volume.uses and volume.started]
+
+    def lock_of(self, found: Found) -> LockRecord | None:
+        """Who holds the volume's lock."""
+        return found.mapper.locks.holder(found.record.id)
+
+    def stored_bytes(self, found: Found) -> int:
+        """What the volume's own layer takes in the store: what was written since the last snapshot."""
+        data = found.mapper.blocker.open_data(f"layer/{found.record.layer}", writable=False)
+        try:
+            return data.allocated()
+        finally:
+            data.close()
+
+    def is_open(self, volume: VolumeId) -> bool:
+        opened = self._table.volumes.get(volume)
+        return opened is not None and opened.uses > 0
+
+    def _as_open(self, record: VolumeRecord) -> VolumeRecord:
+        """The record with the size and time that writes not committed yet have given it."""
+        opened = self._table.volumes.get(record.id)
+        if opened is None or not opened.started:
+            return record
+        return msgspec.structs.replace(record, size=opened.size, mtime_ns=max(opened.mtime_ns, record.mtime_ns))
+
+    # Opening
+
+    def open(self, found: Found) -> OpenVolume:
+        """Use the volume until ``release``. A volume that another node has the lock of is opened for reading."""
+        opened = self._join(found)
+        try:
+            with opened.control:
+                if not opened.started:
+                    opened.start()
+        except BaseException:
+            self.release(opened)
+            raise
+        return opened
+
+    def release(self, opened: OpenVolume) -> None:
+        """The counterpart of ``open``; the last one flushes and gives the lock back."""
+        with opened.control:
+            with self._table.changed:
+                opened.uses -= 1
+                last = opened.uses == 0
+            try:
+                if last and opened.started:
+                    removed = opened.record.name is None
+                    opened.stop()
+                    self._reclaim_wanted |= removed
+            finally:
+                self._forget_unused(opened)
+
+    def _join(self, found: Found) -> OpenVolume:
+        with self._table.changed:
+            opened = self._table.volumes.get(found.record.id)
+            if opened is None:
+                opened = self._table.volumes[found.record.id] = OpenVolume(found.mapper, self._live, found.record.id)
+            opened.uses += 1
+            return opened
+
+    def _join_alone(self, found: Found, doing: str) -> OpenVolume:
+        """As ``_join``, for a volume that nobody uses; its ``control`` is held already. Raises ``Busy``."""
+        volume = found.record.id
+        opened = OpenVolume(found.mapper, self._live, volume)
+        opened.control.acquire()
+        with self._table.changed:
+            if not self._table.changed.wait_for(lambda: volume not in self._table.volumes, CLOSING_SECONDS):
+                raise Busy(f"{found.record.name} is open; close it before you {doing} it")
+            self._table.volumes[volume] = opened
+            opened.uses += 1
+        return opened
+
+    def _forget_unused(self, opened: OpenVolume) -> None:
+        with self._table.changed:
+            if opened.uses == 0 and self._table.volumes.get(opened.id) is opened:
+                del self._table.volumes[opened.id]
+            self._table.changed.notify_all()
+
+    @contextmanager
+    def using(self, found: Found) -> Iterator[OpenVolume]:
+        """``open`` and ``release`` around a block."""
+        opened = self.open(found)
+        try:
+            yield opened
+        finally:
+            self.release(opened)
+
+    @contextmanager
+    def _owning(self, found: Found) -> Iterator[OpenVolume]:
+        """Use a writable volume as its owner. Raises ``LockHeld`` at once if another node is."""
+        if not found.record.writable:
+            raise ReadOnlyVolume(f"{found.record.name} is a snapshot and does not change; clone it to write")
+        with self.using(found) as opened, opened.control:
+            opened.own()
+            yield opened
+
+    @contextmanager
+    def _locked(self, found: Found) -> Iterator[OpenVolume]:
+        """Hold the volume's lock, open or not, without opening it. Raises ``LockHeld`` if another node has it."""
+        opened = self._join(found)
+        try:
+            with opened.control, self._lock_held(found, opened):
+                yield opened
+        finally:
+            self.release(opened)
+
+    @contextmanager
+    def _alone(self, found: Found, doing: str) -> Iterator[OpenVolume]:
+        """Hold the lock of a volume that nobody uses, without opening it; who opens it meanwhile waits.
+
+        Raises ``Busy`` if it is used or held, ``LockHeld`` if another node has it.
+        """
+        opened = self._join_alone(found, doing)
+        try:
+            self._refuse_held(found, doing)
+            with self._lock_held(found, opened):
+                yield opened
+        finally:
+            self.release(opened)
+            opened.control.release()
+
+    @contextmanager
+    def _lock_held(self, found: Found, opened: OpenVolume) -> Iterator[None]:
+        if not found.record.writable or (opened.started and opened.owned):
+            yield
+            return
+        called = str(found.record.name)
+        found.mapper.locks.take(found.record.id, Hold.IO, called=called)
+        try:
+            yield
+        finally:
+            if not opened.started:
+                found.mapper.locks.give_back(found.record.id, Hold.IO, called=called)
+
+    # Making
+
+    def create(
+        self, name: str, size: int, *, backend: str | None = None, attributes: Attributes | None = None
+    ) -> Made:
+        """An empty volume. ``size`` 0 is what a file just created has; commands refuse it."""
+        started = time.perf_counter()
+        self._refuse_taken(name)
+        made = self.mapper(backend).create(name, size, attributes or Attributes())
+        return self._made("created", made.record, started)
+
+    def snapshot(self, name: str, snapshot: str, *, size: int | None = None) -> Made:
+        """A snapshot of a volume, or a second name for what a snapshot holds."""
+        started = time.perf_counter()
+        found = self.find(name)
+        self._refuse_taken(snapshot)
+        mapper = found.mapper
+        with mapper.reserve(snapshot) as reservation:
+            if not found.record.writable:
+                frozen = Frozen(found.record.layer, found.record.size)
+                record = found.record
+                made = mapper.publish_snapshot(
+                    reservation, record, frozen.layer, self._at_least(frozen.size, size, name)
+                ).record
+            else:
+                with self._owning(found) as opened:
+                    self._refuse_empty(opened)
+                    wanted = self._at_least(opened.size, size, name)
+                    frozen = opened.freeze()
+                    made = mapper.publish_snapshot(
+                        reservation, opened.record, frozen.layer, max(frozen.size, wanted if size else 0)
+                    ).record
+        return self._made("snapshot", made, started)
+
+    def clone(
+        self, name: str, clone: str, *, size: int | None = None, attributes: Attributes | None = None
+    ) -> Made:
+        """A writable volume that begins as a copy of a snapshot, or of a volume as it is now."""
+        started = time.perf_counter()
+        found = self.find(name)
+        self._refuse_taken(clone)
+        record = found.record
+        attributes = attributes or Attributes(0o600, record.uid, record.gid)
+        wanted = self._at_least(record.size, size, name)
+        found.mapper.check_fits(wanted)
+        if record.writable:
+            with self._owning(found) as opened:
+                frozen = opened.freeze()
+                record = msgspec.structs.replace(opened.record, layer=frozen.layer, size=frozen.size)
+                made = found.mapper.clone(record, clone, max(wanted, frozen.size), attributes)
+        else:
+            made = found.mapper.clone(record, clone, wanted, attributes)
+        return self._made("cloned", made.record, started)
+
+    # Changing
+
+    def rename(self, name: str, new_name: str, *, replace: bool = False) -> None:
+        """``replace``: take the name from whichever volume has it, which is removed, as rename(2) does."""
+        found = self.find(name)
+        if new_name == name:
+            return
+        check_name(new_name)
+        other = self._find_or_none(new_name)
+        if other is not None and not replace:
+            raise AlreadyExists(f"{new_name} exists already; choose another name or remove it first")
+        if other is not None and other.mapper is not found.mapper:
+            raise Busy(f"{new_name} lies in another backend than {name}; remove it first")
+        both = [found] if other is None else sorted((found, other), key=lambda each: each.record.id)
+        with ExitStack() as stack:
+            opened = {each.record.id: stack.enter_context(self._locked(each)) for each in both}
+            if other is not None:
+                self._refuse_held(other, "replace")
+            displaced = found.mapper.rename(found.record.id, new_name, replace=replace)
+            self._refresh(opened[found.record.id])
+            if displaced is not None:
+                self._lost_name(opened[displaced.id], displaced)
+
+    def resize(self, name: str, size: int) -> VolumeRecord:
+        """Data beyond a smaller size is lost, for good and by intention."""
+        found = self.find(name)
+        if size:
+            found.mapper.check_fits(size)
+        with self._owning(found) as opened:
+            opened.resize(size)
+            return opened.record
+
+    def rollback(self, name: str, snapshot: str) -> RolledBack:
+        """Have the volume read as the snapshot does. What it held is kept as another snapshot.
+
+        Raises ``Busy`` if it is open. A crash in between leaves the volume as it was, beside the snapshot kept.
+        """
+        found, source = self.find(name), self.find(snapshot)
+        if source.record.writable:
+            raise InvalidInput(f"{snapshot} is not a snapshot; see `archip volume-list`")
+        if not found.record.writable:
+            raise ReadOnlyVolume(f"{name} is a snapshot and does not change; clone it to write")
+        if source.mapper is not found.mapper or not self._descends(found, source.record):
+            raise InvalidInput(f"{snapshot} is not a snapshot of {name}; clone it instead")
+        mapper = found.mapper
+        kept_name = self._free_name(f"{name}@before-rollback-{time.strftime('%Y%m%d-%H%M%S')}")
+        with self._alone(found, "roll back") as opened, mapper.reserve(kept_name) as reservation:
+            opened.start()
+            frozen = opened.freeze()
+            kept = mapper.publish_snapshot(reservation, opened.record, frozen.layer, frozen.size).record
+            with mapper.new_layer(source.record.layer, source.record.size) as head:
+                # The new layer exists; whoever removes the snapshot from here on sees that its layer is in use.
+                self.find(snapshot)
+                opened.replace_layers(head.id, source.record.size)
+            record = opened.record
+        self._reclaim_wanted = True
+        log.info("rolled back", volume=name, to=snapshot, kept=kept.name)
+        return RolledBack(kept, record)
+
+    def remove(self, name: str, *, even_if_open: bool = False) -> None:
+        """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards."""
+        found = self.find(name)
+        with self._locked(found) if even_if_open else self._alone(found, "remove") as opened:
+            self._refuse_held(found, "remove")
+            self._lost_name(opened, found.mapper.remove(found.record.id))
+
+    def set_attributes(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> VolumeRecord:
+        """Change mode, owner, times or extended attributes. Anybody may, lock or not; the last one wins."""
+        found = self.find_by_id(volume)
+        record = found.mapper.change(volume, edit).record
+        opened = self._table.volumes.get(volume)
+        if opened is not None:
+            self._refresh(opened)
+        return self._as_open(record)
+
+    # Locks
+
+    def lock(self, name: str) -> LockRecord:
+        found = self.find(name)
+        return found.mapper.locks.take(found.record.id, Hold.LOCKED, called=name)
+
+    def unlock(self, name: str, *, force: bool = False) -> None:
+        """``force`` breaks the lock of whoever has it: that one writes no more. Ours is given back, not broken."""
+        found = self.find(name)
+        lock = found.mapper.locks.holder(found.record.id)
+        if force and lock is not None and not self._is_ours(found, lock):
+            found.mapper.locks.break_(found.record.id)
+            log.warning("lock broken", volume=name, owner=lock.host, node=lock.node)
+            return
+        found.mapper.locks.give_back(found.record.id, Hold.LOCKED, called=name)
+
+    def hold_open(self, name: str) -> LockRecord:
+        """``volume-open``: keep the lock although nobody reads or writes."""
+        found = self.find(name)
+        return found.mapper.locks.take(found.record.id, Hold.OPENED, called=name)
+
+    def close(self, name: str) -> None:
+        """``volume-close``: the counterpart of ``hold_open``."""
+        found = self.find(name)
+        found.mapper.locks.give_back(found.record.id, Hold.OPENED, called=name)
+
+    def verify_leases(self) -> None:
+        """Fence the volumes whose locks were broken."""
+        for opened in self.open_volumes():
+            try:
+                opened.verify_lease()
+            except Fenced as error:
+                log.error("fenced", volume=opened.name, error=str(error))
+
+    # The whole
+
+    def recover(self) -> None:
+        """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to."""
+        layers: set[LayerId] = set()
+        for mapper in self._mappers.values():
+            for record in mapper.removed():
+                try:
+                    mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
+                except LockHeld:
+                    continue  # open on another node, which purges it when it closes it
+                mapper.purge(record)
+            mapper.reclaim()
+            layers |= {found.record.id for _, found in mapper.catalog.list(LayerRecord)}
+        self._live.forget_unless(layers.__contains__)
+
+    def reclaim(self) -> None:
+        """Delete the layers that removed volumes have left; does nothing when none was removed."""
+        with self._reclaim_mutex:
+            if not self._reclaim_wanted:
+                return
+            self._reclaim_wanted = False
+            for mapper in self._mappers.values():
+                freed = mapper.reclaim()
+                if freed.layers:
+                    log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
+
+    def close_all(self) -> None:
+        """Flush and close everything, whoever uses it. Errors are raised at the end, the first one."""
+        failed: ArchipError | None = None
+        for opened in list(self._table.volumes.values()):
+            with opened.control:
+                if not opened.started:
+                    continue
+                try:
+                    opened.stop()
+                except ArchipError as error:
+                    log.error("close failed", volume=opened.id, error=str(error))
+                    failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def abandon(self) -> None:
+        """Let go of everything as a crash would."""
+        for opened in self._table.volumes.values():
+            opened.abandon()
+
+    def mapper(self, backend: str | None = None) -> Mapper:
+        """Raises ``NotFound`` for a backend that is not configured."""
+        name = backend or self._default_backend
+        if name not in self._mappers:
+            raise NotFound(f"no backend is called {name}; see `archip backend-list`")
+        return self._mappers[name]
+
+    # Helpers
+
+    def _lost_name(self, opened: OpenVolume, record: VolumeRecord) -> None:
+        """A volume was removed: purge it now, or have the last to close it do so. Its ``control`` is held."""
+        if opened.started:
+            opened.record = record
+            return
+        opened.mapper.purge(record)
+        self._live.forget(record.layer)
+        self._reclaim_wanted = True
+
+    def _refresh(self, opened: OpenVolume) -> None:
+        with opened.control:
+            if opened.started:
+                opened.record = opened.mapper.catalog.volume(opened.id).record
+
+    def _find_or_none(self, name: str) -> Found | None:
+        try:
+            return self.find(name)
+        except NotFound:
+            return None
+
+    def _refuse_taken(self, name: str) -> None:
+        check_name(name)
+        if self._find_or_none(name) is not None:
+            raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
+
+    def _refuse_empty(self, opened: OpenVolume) -> None:
+        if opened.size == 0:
+            raise InvalidInput(f"{opened.name} has no size yet, there is nothing to take a snapshot of; resize it first")
+
+    def _refuse_held(self, found: Found, doing: str) -> None:
+        lock = found.mapper.locks.holder(found.record.id)
+        if lock is not None and any(hold is not Hold.IO for hold in lock.holds):
+            command = "volume-close" if Hold.OPENED in lock.holds else "volume-unlock"
+            name = found.record.name
+            raise Busy(f"{name} is held by {lock.host}; `archip {command} {name}` before you {doing} it")
+
+    def _at_least(self, least: int, size: int | None, name: str) -> int:
+        if size is None:
+            return least
+        if size < least:
+            raise InvalidSize(
+                f"size {format_size(size)} is smaller than {name}, which has {format_size(least)}; give at least that"
+            )
+        return size
+
+    def _descends(self, found: Found, snapshot: VolumeRecord) -> bool:
+        if snapshot.origin == found.record.id:
+            return True
+        return any(layer.record.id == snapshot.layer for layer in found.mapper.catalog.chain(found.record.layer))
+
+    def _free_name(self, name: str) -> str:
+        candidate, number = name, 1
+        while self._find_or_none(candidate) is not None:
+            number += 1
+            candidate = f"{name}-{number}"
+        return candidate
+
+    def _is_ours(self, found: Found, lock: LockRecord) -> bool:
+        try:
+            found.mapper.locks.take(found.record.id, lock.holds[0], called=str(found.record.name))
+        except LockHeld:
+            return False
+        return True
+
+    def _made(self, event: str, record: VolumeRecord, started: float) -> Made:
+        seconds = time.perf_counter() - started
+        log.info(event, volume=record.name, kind=record.kind.value, size=record.size, seconds=round(seconds, 6))
+        return Made(record, seconds)

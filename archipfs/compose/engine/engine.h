@@ -1,0 +1,146 @@
+/*
+ * The engine: read, write, discard, seek and flush over the layers of one volume.
+ *
+ * Plain C11 and POSIX: no FUSE, no Python, no globals. Everything here may be called from any thread at any time,
+ * except that a handle must not be used after it was closed, and that the calls marked "control" must not run
+ * beside each other on one volume (the composer holds the volume's mutex).
+ *
+ * Results: 0 or a byte count when it worked, a negative errno when it did not.
+ */
+#ifndef ARCHIPFS_ENGINE_H
+#define ARCHIPFS_ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define AE_SECTOR_BYTES 4096u
+#define AE_SIZE_MAX (UINT64_C(64) << 40)
+#define AE_LAYERS_MAX 65536u
+
+/*
+ * A place where bytes lie: a file, a simulated disk that loses what was not flushed, a Python object.
+ * The functions may block and may be called from several threads at once.
+ */
+struct ae_object_ops {
+    /* Fill the whole buffer; holes and what lies beyond the end are zeros. */
+    int (*pread)(void *ctx, void *buffer, size_t length, uint64_t offset);
+    /* As pread, but -EAGAIN when it would wait for a disk. NULL: always would. */
+    int (*pread_nowait)(void *ctx, void *buffer, size_t length, uint64_t offset);
+    int (*pwrite)(void *ctx, const void *buffer, size_t length, uint64_t offset);
+    int (*punch)(void *ctx, uint64_t offset, uint64_t length);
+    int (*truncate)(void *ctx, uint64_t size);
+    int (*flush)(void *ctx);
+    int (*size)(void *ctx, uint64_t *size);
+    /* The first offset at or after `offset` that may hold data, that lies in a hole; -ENXIO: none before the end. */
+    int (*next_data)(void *ctx, uint64_t offset, uint64_t *found);
+    int (*next_hole)(void *ctx, uint64_t offset, uint64_t *found);
+    void (*close)(void *ctx);
+};
+
+struct ae_object {
+    const struct ae_object_ops *ops;
+    void *ctx;
+};
+
+/* An object over a file descriptor; it keeps a duplicate of `fd`. */
+int ae_object_file(int fd, struct ae_object *object);
+
+/*
+ * A layer: what was written between two snapshots.
+ *
+ * `live_path` names the file that the live bitmap is mapped from (NULL: none may be kept). A head always gets one,
+ * made if it is not there. A layer that is not a head uses it only if it is there, believed, and so left behind by
+ * a crash. It is believed while its boot id and layer id are those given and nobody marked it as distrusted.
+ *
+ * `parent_visible` is how many bytes of the parent shine through: a clear bit at or beyond it reads as zeros.
+ */
+struct ae_layer;
+
+struct ae_layer_spec {
+    uint8_t id[16];
+    struct ae_object data;
+    struct ae_object bitmap;
+    uint64_t parent_visible;
+    const char *live_path;
+    uint8_t boot_id[16];
+    bool head;
+};
+
+/* Takes over both objects, and closes them when it fails. `-EUCLEAN`: the bitmap object's header is damaged. */
+int ae_layer_open(const struct ae_layer_spec *spec, struct ae_layer **layer);
+/* Write the header of an empty bitmap object and flush it: what makes a new object a layer's bitmap. */
+int ae_bitmap_format(struct ae_object bitmap, const uint8_t id[16]);
+/* Counted references: a volume holds one on each of its layers, the opener one. */
+void ae_layer_release(struct ae_layer *layer);
+/* The size that the live bitmap remembers, 0 if there was none to believe. */
+uint64_t ae_layer_live_size(const struct ae_layer *layer);
+/* How far the parent shines through now: a resize, an open at a smaller size or a swap may have changed it. */
+uint64_t ae_layer_parent_visible(const struct ae_layer *layer);
+/* Whether a live bitmap left behind by a crash was taken over. */
+bool ae_layer_recovered(const struct ae_layer *layer);
+/* Whether bits were set that are not durable yet. */
+bool ae_layer_dirty(const struct ae_layer *layer);
+/* Sectors whose bit is set; reads the whole bitmap, a page at a time. */
+int64_t ae_layer_count(struct ae_layer *layer);
+
+struct ae_volume;
+
+/*
+ * `layers[0]` is the head, each next one the parent of the one before. For a writable volume the head must have been
+ * opened as one; whatever its data object holds beyond `size` is cut off.
+ */
+int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable,
+                   struct ae_volume **volume);
+/*
+ * Control. Waits for the calls inside. Nothing is flushed. With `clean` (only after a successful flush) the live
+ * bitmap files are removed; without it they stay, as after a crash.
+ */
+void ae_volume_close(struct ae_volume *volume, bool clean);
+
+/* Bytes read: less than `length` only at the end of the volume. */
+ssize_t ae_read(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
+/* As ae_read, but -EAGAIN when it would wait for a disk, a lock or the gate. */
+ssize_t ae_read_nowait(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
+/* All of it or an error; a write beyond the end makes the volume larger. */
+ssize_t ae_write(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset);
+/* Both make the range read as zeros and give its space back; clipped to the volume's size. */
+int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length);
+int ae_write_zeros(struct ae_volume *volume, uint64_t offset, uint64_t length);
+/* The first data (hole) at or after `offset`; -ENXIO as lseek(2) has it: the end of the volume is a hole. */
+int64_t ae_seek_data(struct ae_volume *volume, uint64_t offset);
+int64_t ae_seek_hole(struct ae_volume *volume, uint64_t offset);
+/* All that returned before is durable: data, then bitmap, of every layer that is not yet. */
+int ae_flush(struct ae_volume *volume);
+
+/*
+ * Control. From its return on, writes go to `head`, and none is under way to the old one; the old one is part of the
+ * chain and still has to be flushed. Nobody waits for a disk meanwhile.
+ */
+int ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head);
+/* Control. Close the gate: wait for the calls inside, hold the others at the door until ae_volume_resume. */
+void ae_volume_pause(struct ae_volume *volume);
+void ae_volume_resume(struct ae_volume *volume);
+/* Control, while paused: have the live bitmap remember `size` (before a shrink is committed). */
+void ae_volume_announce_size(struct ae_volume *volume, uint64_t size);
+/* Control, while paused: cut or grow. What a shrink cut off reads as zeros if the volume grows again. */
+int ae_volume_resize(struct ae_volume *volume, uint64_t size);
+/* For good: every later write, discard and flush gives -EIO, and so do those that wait at the gate. */
+void ae_volume_fence(struct ae_volume *volume);
+
+uint64_t ae_volume_size(const struct ae_volume *volume);
+
+struct ae_statistics {
+    uint64_t reads, read_bytes;
+    uint64_t writes, written_bytes;
+    uint64_t discards, discarded_bytes;
+    uint64_t flushes;
+    uint64_t fills; /* first writes to a part of a sector, completed from the parent */
+    uint64_t layers;
+    int32_t failed; /* 0, or the errno that made the engine refuse further writes */
+};
+
+void ae_volume_statistics(struct ae_volume *volume, struct ae_statistics *statistics);
+
+#endif

@@ -1,0 +1,169 @@
+/*
+ * An object over a file descriptor: the calls are made again until they are done, and what lies beyond the end of the
+ * file reads as zeros, so that nobody above has to think of short counts.
+ */
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define ZEROS_BYTES ((size_t)64 * 1024)
+
+struct file {
+    int fd;
+};
+
+static int file_fd(void *ctx) { return ((struct file *)ctx)->fd; }
+
+static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, int flags) {
+    char *to = buffer;
+    while (length > 0) {
+        struct iovec piece = {.iov_base = to, .iov_len = length};
+        ssize_t got = preadv2(file_fd(ctx), &piece, 1, (off_t)offset, flags);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return -errno;
+        if (got == 0) {
+            memset(to, 0, length);
+            return 0;
+        }
+        to += got;
+        offset += (uint64_t)got;
+        length -= (size_t)got;
+    }
+    return 0;
+}
+
+static int file_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    return file_read(ctx, buffer, length, offset, 0);
+}
+
+static int file_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    int result = file_read(ctx, buffer, length, offset, RWF_NOWAIT);
+    return result == -EOPNOTSUPP ? -EAGAIN : result;
+}
+
+static int file_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
+    const char *from = buffer;
+    while (length > 0) {
+        ssize_t put = pwrite(file_fd(ctx), from, length, (off_t)offset);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0)
+            return -errno;
+        if (put == 0)
+            return -EIO;
+        from += put;
+        offset += (uint64_t)put;
+        length -= (size_t)put;
+    }
+    return 0;
+}
+
+static int file_size(void *ctx, uint64_t *size) {
+    struct stat status;
+    if (fstat(file_fd(ctx), &status) < 0)
+        return -errno;
+    *size = (uint64_t)status.st_size;
+    return 0;
+}
+
+static int file_seek(void *ctx, uint64_t offset, int whence, uint64_t *found) {
+    off_t at = lseek(file_fd(ctx), (off_t)offset, whence);
+    if (at < 0)
+        return -errno;
+    *found = (uint64_t)at;
+    return 0;
+}
+
+static int file_next_data(void *ctx, uint64_t offset, uint64_t *found) {
+    return file_seek(ctx, offset, SEEK_DATA, found);
+}
+
+static int file_next_hole(void *ctx, uint64_t offset, uint64_t *found) {
+    return file_seek(ctx, offset, SEEK_HOLE, found);
+}
+
+/* For file systems that cannot punch. */
+static int file_overwrite(void *ctx, uint64_t offset, uint64_t end) {
+    void *zeros = calloc(1, ZEROS_BYTES);
+    if (zeros == NULL)
+        return -ENOMEM;
+    int result = 0;
+    while (result == 0 && offset < end) {
+        uint64_t piece = end - offset < ZEROS_BYTES ? end - offset : ZEROS_BYTES;
+        result = file_pwrite(ctx, zeros, (size_t)piece, offset);
+        offset += piece;
+    }
+    free(zeros);
+    return result;
+}
+
+static int file_punch(void *ctx, uint64_t offset, uint64_t length) {
+    uint64_t size;
+    int result = file_size(ctx, &size);
+    if (result < 0 || offset >= size)
+        return result;
+    if (length > size - offset)
+        length = size - offset;
+    do
+        result = fallocate(file_fd(ctx), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length);
+    while (result < 0 && errno == EINTR);
+    if (result < 0 && errno == EOPNOTSUPP)
+        return file_overwrite(ctx, offset, offset + length);
+    return result < 0 ? -errno : 0;
+}
+
+static int file_truncate(void *ctx, uint64_t size) {
+    int result;
+    do
+        result = ftruncate(file_fd(ctx), (off_t)size);
+    while (result < 0 && errno == EINTR);
+    return result < 0 ? -errno : 0;
+}
+
+static int file_flush(void *ctx) {
+    int result;
+    do
+        result = fdatasync(file_fd(ctx));
+    while (result < 0 && errno == EINTR);
+    return result < 0 ? -errno : 0;
+}
+
+static void file_close(void *ctx) {
+    close(file_fd(ctx));
+    free(ctx);
+}
+
+static const struct ae_object_ops file_ops = {
+    .pread = file_pread,
+    .pread_nowait = file_pread_nowait,
+    .pwrite = file_pwrite,
+    .punch = file_punch,
+    .truncate = file_truncate,
+    .flush = file_flush,
+    .size = file_size,
+    .next_data = file_next_data,
+    .next_hole = file_next_hole,
+    .close = file_close,
+};
+
+int ae_object_file(int fd, struct ae_object *object) {
+    struct file *file = malloc(sizeof *file);
+    if (file == NULL)
+        return -ENOMEM;
+    file->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    if (file->fd < 0) {
+        int error = errno;
+        free(file);
+        return -error;
+    }
+    *object = (struct ae_object){.ops = &file_ops, .ctx = file};
+    return 0;
+}

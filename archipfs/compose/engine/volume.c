@@ -1,0 +1,333 @@
+/*
+ * The gate: who is inside, in which chain, and how the chain is exchanged under way.
+ *
+ * A call takes the current stack when it begins and keeps it to its end. A swap puts a new stack in place, which costs
+ * one short lock, and then waits until the calls on the old one are gone; those that begin meanwhile use the new one at
+ * once. Only a call that completes a sector from the parent waits for the old calls: one of them may be writing to that
+ * very sector of the parent.
+ *
+ * Locks, in the order they are taken; each is released before a call waits for a disk, save where said:
+ *   1. a range (range_lock.h), held across the I/O of the call that needs it
+ *   2. a layer's flush_lock, held across its flush
+ *   3. a layer's load_lock, held while a bitmap page is read
+ *   4. the volume's gate
+ * The wait for a predecessor and the wait at the gate are taken with none of them held.
+ */
+#include "volume.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+static void wait_for_change(struct ae_volume *volume) {
+    volume->waiting++;
+    pthread_cond_wait(&volume->changed, &volume->gate);
+    volume->waiting--;
+}
+
+static void announce_change(struct ae_volume *volume) {
+    if (volume->waiting > 0)
+        pthread_cond_broadcast(&volume->changed);
+}
+
+/* Stacks */
+
+static struct ae_stack *stack_make(struct ae_layer *top, struct ae_layer *const *rest, size_t rest_count) {
+    size_t count = rest_count + (top != NULL);
+    struct ae_stack *stack = calloc(1, sizeof *stack + count * sizeof stack->layers[0]);
+    if (stack == NULL)
+        return NULL;
+    stack->holds = 1;
+    if (top != NULL)
+        stack->layers[stack->count++] = top;
+    for (size_t i = 0; i < rest_count; i++)
+        stack->layers[stack->count++] = rest[i];
+    for (size_t i = 0; i < count; i++)
+        ae_layer_retain(stack->layers[i]);
+    return stack;
+}
+
+static void stack_free(struct ae_stack *stack) {
+    for (size_t i = 0; i < stack->count; i++)
+        ae_layer_release(stack->layers[i]);
+    free(stack);
+}
+
+/* With the gate held: whether that was the last hold, and the caller has to free the stack outside. */
+static bool stack_unhold(struct ae_stack *stack) { return --stack->holds == 0 && stack->calls == 0; }
+
+/* Calls */
+
+int ae_call_begin(struct ae_volume *volume, enum ae_call_kind kind, struct ae_stack **stack) {
+    int result = 0;
+    pthread_mutex_lock(&volume->gate);
+    volume->inside++;
+    for (;;) {
+        if (kind == AE_CALL_WRITE && !volume->writable)
+            result = -EROFS;
+        else if (kind == AE_CALL_WRITE && atomic_load(&volume->failed) != 0)
+            result = -atomic_load(&volume->failed);
+        else if (volume->paused && kind == AE_CALL_READ_NOWAIT)
+            result = -EAGAIN;
+        if (result < 0 || !volume->paused)
+            break;
+        wait_for_change(volume);
+    }
+    if (result == 0) {
+        *stack = volume->current;
+        volume->current->calls++;
+    } else if (--volume->inside == 0) {
+        announce_change(volume);
+    }
+    pthread_mutex_unlock(&volume->gate);
+    return result;
+}
+
+static void count_outcome(struct ae_statistics *counts, const struct ae_outcome *outcome) {
+    counts->reads += outcome->reads;
+    counts->read_bytes += outcome->read_bytes;
+    counts->writes += outcome->writes;
+    counts->written_bytes += outcome->written_bytes;
+    counts->discards += outcome->discards;
+    counts->discarded_bytes += outcome->discarded_bytes;
+    counts->fills += outcome->fills;
+}
+
+void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct ae_outcome *outcome) {
+    pthread_mutex_lock(&volume->gate);
+    count_outcome(&volume->counts, outcome);
+    if (outcome->written_end > atomic_load(&volume->size)) {
+        /* Remembered by the present head, even if this call wrote to the one before. */
+        atomic_store(&volume->size, outcome->written_end);
+        ae_layer_remember_size(volume->current->layers[0], outcome->written_end);
+    }
+    volume->inside--;
+    bool last = --stack->calls == 0;
+    bool unused = last && stack->holds == 0;
+    if (last || volume->inside == 0)
+        announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(stack);
+}
+
+void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *stack) {
+    pthread_mutex_lock(&volume->gate);
+    while (volume->draining != NULL && volume->draining != stack)
+        wait_for_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+}
+
+/* Opening and closing */
+
+static int volume_init_locks(struct ae_volume *volume) {
+    if (ae_range_lock_init(&volume->ranges) < 0)
+        return -ENOMEM;
+    if (pthread_mutex_init(&volume->gate, NULL) != 0) {
+        ae_range_lock_destroy(&volume->ranges);
+        return -ENOMEM;
+    }
+    if (pthread_cond_init(&volume->changed, NULL) != 0) {
+        pthread_mutex_destroy(&volume->gate);
+        ae_range_lock_destroy(&volume->ranges);
+        return -ENOMEM;
+    }
+    return 0;
+}
+
+static int cut_data(struct ae_layer *head, uint64_t size) {
+    uint64_t data_size;
+    int result = head->data.ops->size(head->data.ctx, &data_size);
+    if (result < 0 || data_size <= size)
+        return result;
+    result = head->data.ops->truncate(head->data.ctx, size);
+    atomic_store(&head->data_dirty, true);
+    return result;
+}
+
+/* Beyond the end of the volume nothing of the parent may ever come to light. */
+static void hide_parent(struct ae_layer *head, uint64_t size) {
+    if (atomic_load(&head->parent_visible) > size)
+        atomic_store(&head->parent_visible, size);
+}
+
+int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable,
+                   struct ae_volume **opened) {
+    if (count == 0 || count > AE_LAYERS_MAX || (writable && (!layers[0]->head || atomic_load(&layers[0]->frozen))))
+        return -EINVAL;
+    if (size > AE_SIZE_MAX)
+        return -EFBIG;
+    if (writable) {
+        int result = cut_data(layers[0], size);
+        if (result < 0)
+            return result;
+    }
+    struct ae_volume *volume = calloc(1, sizeof *volume);
+    struct ae_stack *stack = stack_make(NULL, layers, count);
+    if (volume == NULL || stack == NULL || volume_init_locks(volume) < 0) {
+        if (stack != NULL)
+            stack_free(stack);
+        free(volume);
+        return -ENOMEM;
+    }
+    volume->current = stack;
+    volume->writable = writable;
+    atomic_init(&volume->size, size);
+    atomic_init(&volume->failed, 0);
+    if (writable) {
+        hide_parent(layers[0], size);
+        ae_layer_remember_size(layers[0], size);
+    }
+    *opened = volume;
+    return 0;
+}
+
+void ae_volume_close(struct ae_volume *volume, bool clean) {
+    pthread_mutex_lock(&volume->gate);
+    volume->paused = false;
+    announce_change(volume);
+    while (volume->inside > 0)
+        wait_for_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+
+    struct ae_stack *stack = volume->current;
+    for (size_t i = 0; clean && i < stack->count; i++)
+        ae_layer_drop_live(stack->layers[i]);
+    stack_free(stack);
+    pthread_cond_destroy(&volume->changed);
+    pthread_mutex_destroy(&volume->gate);
+    ae_range_lock_destroy(&volume->ranges);
+    free(volume);
+}
+
+/* Control */
+
+int ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
+    struct ae_stack *old = volume->current;
+    if (!volume->writable || !head->head || head == old->layers[0] || atomic_load(&head->frozen))
+        return -EINVAL;
+    if (old->count >= AE_LAYERS_MAX)
+        return -EMLINK;
+    struct ae_stack *fresh = stack_make(head, old->layers, old->count);
+    if (fresh == NULL)
+        return -ENOMEM;
+    uint64_t visible = atomic_load(&head->parent_visible);
+    /* A call on the old head may yet make the volume larger, and what it writes has to shine through. */
+    atomic_store(&head->parent_visible, AE_SIZE_MAX);
+
+    pthread_mutex_lock(&volume->gate);
+    ae_layer_remember_size(head, atomic_load(&volume->size));
+    volume->current = fresh;
+    volume->draining = old;
+    while (old->calls > 0)
+        wait_for_change(volume);
+    volume->draining = NULL;
+    uint64_t size = atomic_load(&volume->size);
+    atomic_store(&head->parent_visible, visible > size ? visible : size);
+    ae_layer_freeze(old->layers[0]);
+    bool unused = stack_unhold(old);
+    announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(old);
+    return 0;
+}
+
+void ae_volume_pause(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    volume->paused = true;
+    while (volume->current->calls > 0)
+        wait_for_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+}
+
+void ae_volume_resume(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    volume->paused = false;
+    announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+}
+
+static void volume_fail(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    atomic_store(&volume->failed, EIO);
+    announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+}
+
+void ae_volume_announce_size(struct ae_volume *volume, uint64_t size) {
+    ae_layer_remember_size(volume->current->layers[0], size);
+}
+
+int ae_volume_resize(struct ae_volume *volume, uint64_t size) {
+    if (!volume->writable)
+        return -EROFS;
+    if (size > AE_SIZE_MAX)
+        return -EFBIG;
+    if (atomic_load(&volume->failed) != 0)
+        return -atomic_load(&volume->failed);
+    struct ae_layer *head = volume->current->layers[0];
+    hide_parent(head, size < atomic_load(&volume->size) ? size : atomic_load(&volume->size));
+    int result = cut_data(head, size);
+    atomic_store(&volume->size, size);
+    ae_layer_remember_size(head, size);
+    /* What was not cut off would come to light when the volume grows. */
+    if (result < 0)
+        volume_fail(volume);
+    return result;
+}
+
+void ae_volume_fence(struct ae_volume *volume) {
+    volume_fail(volume);
+    /* Whoever broke our lock may write from now on: what these bits say is then out of date. */
+    pthread_mutex_lock(&volume->gate);
+    for (size_t i = 0; i < volume->current->count; i++)
+        if (!atomic_load(&volume->current->layers[i]->settled))
+            ae_layer_distrust(volume->current->layers[i]);
+    pthread_mutex_unlock(&volume->gate);
+}
+
+/* Flushing */
+
+int ae_flush(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    int result = -atomic_load(&volume->failed);
+    struct ae_stack *stack = volume->current;
+    if (result == 0) {
+        stack->holds++;
+        volume->inside++;
+    }
+    pthread_mutex_unlock(&volume->gate);
+    if (result < 0)
+        return result;
+
+    /* Parents first: a child's bits never become durable before the layer they lie on. */
+    bool fatal = false;
+    for (size_t i = stack->count; result == 0 && i > 0; i--)
+        result = ae_layer_flush(stack->layers[i - 1], &fatal);
+    if (fatal)
+        volume_fail(volume);
+
+    pthread_mutex_lock(&volume->gate);
+    volume->counts.flushes += result == 0;
+    bool unused = stack_unhold(stack);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(stack);
+    pthread_mutex_lock(&volume->gate);
+    if (--volume->inside == 0)
+        announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+    return result;
+}
+
+/* Looking */
+
+uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
+
+void ae_volume_statistics(struct ae_volume *volume, struct ae_statistics *statistics) {
+    pthread_mutex_lock(&volume->gate);
+    *statistics = volume->counts;
+    statistics->layers = volume->current->count;
+    statistics->failed = atomic_load(&volume->failed);
+    pthread_mutex_unlock(&volume->gate);
+}

@@ -1,0 +1,49 @@
+/* What volume.c (who may be inside, and in which chain) and io.c (what they do there) share. */
+#ifndef ARCHIPFS_ENGINE_VOLUME_H
+#define ARCHIPFS_ENGINE_VOLUME_H
+
+#include "plan.h"
+#include "range_lock.h"
+
+/* The chain as it was when a call began. It never changes; a swap makes another one. */
+struct ae_stack {
+    uint64_t calls; /* inside the gate */
+    uint64_t holds; /* the volume itself, and flushes, which stay outside the gate */
+    size_t count;
+    struct ae_layer *layers[];
+};
+
+struct ae_volume {
+    pthread_mutex_t gate;
+    pthread_cond_t changed;
+    uint64_t waiting; /* on `changed` */
+    uint64_t inside;  /* calls of every kind; the volume is not freed before they are gone */
+    bool paused;
+    struct ae_stack *current;
+    struct ae_stack *draining; /* a swap waits for its last calls */
+    struct ae_statistics counts;
+
+    bool writable;
+    _Atomic uint64_t size;
+    atomic_int failed;
+    struct ae_range_lock ranges;
+};
+
+enum ae_call_kind { AE_CALL_READ, AE_CALL_READ_NOWAIT, AE_CALL_WRITE };
+
+/* What a call did, for the statistics and the size. */
+struct ae_outcome {
+    uint64_t reads, read_bytes;
+    uint64_t writes, written_bytes;
+    uint64_t discards, discarded_bytes;
+    uint64_t fills;
+    uint64_t written_end; /* 0, or where a write ended */
+};
+
+/* Go through the gate; every 0 is followed by one ae_call_end. */
+int ae_call_begin(struct ae_volume *volume, enum ae_call_kind kind, struct ae_stack **stack);
+void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct ae_outcome *outcome);
+/* Wait until the calls that write to the head before this stack's own are gone. Hold no range meanwhile. */
+void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *stack);
+
+#endif

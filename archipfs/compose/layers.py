@@ -1,0 +1,100 @@
+"""From layer records to engine layers: opening a chain, and where its live bitmaps lie."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from archipfs.blockers.contract import Blocker
+from archipfs.compose.engine import EngineLayer
+from archipfs.map.mapper import bitmap_key, data_key
+from archipfs.map.records import LayerRecord, LockRecord
+from archipfs.types import LayerId
+
+BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+
+
+class LiveBitmaps:
+    """The directory of live bitmaps: files that outlive the daemon, but not the boot they were written in."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._boot_id = BOOT_ID_PATH.read_text().strip()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, layer: LayerId) -> str:
+        return str(self._directory / layer)
+
+    def epoch(self, lease: LockRecord) -> str:
+        """What a live bitmap must carry to be believed: this boot, and this generation of the volume's lock.
+
+        Once the lock was broken, others may have written to the layer, and what we remember of it is worth nothing.
+        """
+        text = f"{self._boot_id} {lease.volume} {lease.generation}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def forget(self, layer: LayerId) -> None:
+        """Remove a layer's live bitmap, if it has one: the layer is deleted."""
+        Path(self.path(layer)).unlink(missing_ok=True)
+
+    def forget_unless(self, exists: Callable[[LayerId], bool]) -> None:
+        """Remove the live bitmaps of layers that no longer exist."""
+        for path in self._directory.iterdir():
+            if not exists(LayerId(path.name)):
+                path.unlink(missing_ok=True)
+
+
+def open_live_layer(
+    blocker: Blocker, live: LiveBitmaps, lease: LockRecord, record: LayerRecord, *, visible: int, head: bool
+) -> EngineLayer:
+    """Open a layer of a volume whose lock we hold: a head, or one that a crash may have left not durable."""
+    return _open_layer(blocker, record, visible, head, live.path(record.id), live.epoch(lease))
+
+
+def open_live_chain(
+    blocker: Blocker, live: LiveBitmaps, lease: LockRecord, chain: list[LayerRecord], visible: int
+) -> list[EngineLayer]:
+    """Open the layers of a writable volume, head first."""
+    with ExitStack() as opened:
+        layers = []
+        for record in chain:
+            is_head = not layers
+            limit = min(visible, record.parent_visible) if is_head else record.parent_visible
+            layers.append(open_live_layer(blocker, live, lease, record, visible=limit, head=is_head))
+            opened.callback(layers[-1].close)
+        opened.pop_all()
+        return layers
+
+
+def open_durable_chain(blocker: Blocker, chain: list[LayerRecord], visible: int) -> list[EngineLayer]:
+    """Open the layers of a volume that we only read: a snapshot, or one that another node writes."""
+    with ExitStack() as opened:
+        layers: list[EngineLayer] = []
+        for record in chain:
+            limit = record.parent_visible if layers else min(visible, record.parent_visible)
+            layers.append(_open_layer(blocker, record, limit, False, None, "0" * 32))
+            opened.callback(layers[-1].close)
+        opened.pop_all()
+        return layers
+
+
+def _open_layer(
+    blocker: Blocker, record: LayerRecord, visible: int, head: bool, live_path: str | None, epoch: str
+) -> EngineLayer:
+    writable = live_path is not None
+    with ExitStack() as opened:
+        data = blocker.open_data(data_key(record.id), writable=writable)
+        opened.callback(data.close)
+        bitmap = blocker.open_data(bitmap_key(record.id), writable=writable)
+        opened.callback(bitmap.close)
+        layer = EngineLayer(
+            record.id,
+            data,
+            bitmap,
+            parent_visible=visible if record.parent is not None else 0,
+            head=head,
+            live_path=live_path,
+            boot_id=epoch,
+        )
+        opened.pop_all()
+        return layer

@@ -1,0 +1,300 @@
+"""A volume that somebody has open in this process: its engine, its lock, and the record we know of it.
+
+Lock order: ``OpenVolume.control``, then ``Composer``'s table, then whatever the mapper and the engine have inside.
+Reads, writes and flushes take neither of the two.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from archipfs.compose.engine import EngineLayer, EngineVolume
+from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
+from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume
+from archipfs.map.mapper import Mapper
+from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
+from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What a snapshot or a clone is made from."""
+
+    layer: LayerId
+    size: int
+
+
+class OpenVolume:
+    """Counted by the composer, which starts it for the first user and stops it after the last."""
+
+    def __init__(self, mapper: Mapper, live: LiveBitmaps, volume: VolumeId) -> None:
+        self.id = volume
+        self.mapper = mapper
+        self.uses = 0
+        self.opened_ns = time.time_ns()
+        self.control = threading.RLock()
+        """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
+        self._live = live
+        self._record: VolumeRecord | None = None
+        self._engine: EngineVolume | None = None
+        self._lease: LockRecord | None = None
+        self._written_ns = 0
+
+    # Starting and stopping, by the composer, under ``control``
+
+    @property
+    def started(self) -> bool:
+        return self._record is not None
+
+    def start(self) -> None:
+        """Open the layers; of a writable volume as its owner, or as a mere reader if another node has the lock.
+
+        Raises ``NotFound`` for a volume that has no name any more.
+        """
+        record = self.mapper.catalog.volume(self.id).record
+        if record.name is None:
+            raise NotFound(f"the volume {self.id} has been removed; see `archip volume-list`")
+        if record.writable:
+            self._record = record
+            try:
+                self.own()
+            except LockHeld:
+                return
+            except BaseException:
+                self._record = None
+                raise
+        else:
+            self._engine = self._durable_engine(record)
+            self._record = record
+
+    def own(self) -> None:
+        """Take the volume's lock and open it for writing. Raises ``LockHeld`` if another node has it."""
+        with self.control:
+            if self._engine is not None:
+                return
+            lease = self.mapper.locks.take(self.id, Hold.IO, called=self.name)
+            try:
+                # Only now is the record ours alone to change.
+                record = self.mapper.catalog.volume(self.id).record
+                chain = [found.record for found in self.mapper.catalog.chain(record.layer)]
+                layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, record.visible)
+                try:
+                    size = max(record.size, layers[0].live_size)
+                    self._engine = EngineVolume(layers, size, writable=True)
+                finally:
+                    for layer in layers:
+                        layer.close()
+            except BaseException:
+                self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
+                raise
+            self._record, self._lease = record, lease
+
+    def stop(self) -> None:
+        """Make everything durable, close the layers, give the lock back, and purge the volume if it was removed.
+
+        When that fails, the live bitmap and the lock stay as a crash would leave them, for the next to open it.
+        """
+        engine, lease, record = self._engine, self._lease, self.record
+        self._engine, self._lease, self._record = None, None, None
+        if engine is None or lease is None:
+            if engine is not None:
+                engine.close(clean=False)
+            if record.name is None:
+                self.mapper.purge(record)
+            return
+        clean = False
+        try:
+            if record.name is not None:
+                self._flush(engine, lease)
+                self._commit(record, engine.size)
+                clean = True
+        finally:
+            engine.close(clean=clean)
+        if record.name is None:
+            self.mapper.purge(record)
+            self._live.forget(record.layer)
+        else:
+            self.mapper.locks.give_back(self.id, Hold.IO, called=record.name)
+
+    def abandon(self) -> None:
+        """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
+        if self._engine is not None:
+            self._engine.close(clean=False)
+        self._engine, self._lease, self._record = None, None, None
+
+    # What it is
+
+    @property
+    def record(self) -> VolumeRecord:
+        """The record as last read or written by us."""
+        if self._record is None:
+            raise NotFound(f"the volume {self.id} is not open; this is a bug, please report it")
+        return self._record
+
+    @record.setter
+    def record(self, record: VolumeRecord) -> None:
+        self._record = record
+
+    @property
+    def name(self) -> str:
+        return self.record.name or f"the removed volume {self.id}"
+
+    @property
+    def owned(self) -> bool:
+        """Whether we hold the lock, so that what we read may be cached."""
+        return self._lease is not None or not self.record.writable
+
+    @property
+    def size(self) -> int:
+        return self._engine.size if self._engine is not None else self.record.size
+
+    @property
+    def mtime_ns(self) -> int:
+        return max(self._written_ns, self.record.mtime_ns)
+
+    @property
+    def engine(self) -> EngineVolume:
+        """Raises ``ReadOnlyVolume`` for a snapshot, ``LockHeld`` if another node has the lock."""
+        if not self.record.writable:
+            raise ReadOnlyVolume(f"{self.name} is a snapshot and does not change; clone it to write")
+        if self._engine is None:
+            self.own()
+        assert self._engine is not None
+        return self._engine
+
+    # Bytes
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As ``read``, but ``None`` where that would have to wait."""
+        return self._engine.read_nowait(offset, length) if self._engine is not None else None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
+        if self._engine is not None:
+            return self._engine.read(offset, length)
+        self._record = self.mapper.catalog.volume(self.id).record
+        engine = self._durable_engine(self._record)
+        try:
+            return engine.read(offset, length)
+        finally:
+            engine.close(clean=False)
+
+    def write(self, offset: int, data: bytes | memoryview) -> int:
+        written = self.engine.write(offset, data)
+        self._written_ns = time.time_ns()
+        return written
+
+    def discard(self, offset: int, length: int) -> None:
+        self.engine.discard(offset, length)
+        self._written_ns = time.time_ns()
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        self.engine.write_zeros(offset, length)
+        self._written_ns = time.time_ns()
+
+    def flush(self) -> None:
+        """Make all that returned before durable, the size too. Raises ``Fenced`` once our lock was broken."""
+        engine, lease = self._engine, self._lease
+        if engine is None or lease is None:
+            return
+        self._flush(engine, lease)
+        if engine.size != self.record.size:
+            with self.control:
+                self._commit(self.record, engine.size)
+
+    # Control
+
+    def freeze(self) -> Frozen:
+        """Put an empty head on top of the present one and make the latter durable: it changes no more.
+
+        The steps are those of docs/architecture.md, "Snapshot".
+        """
+        with self.control:
+            engine, lease, record = self.engine, self._owned_lease(), self.record
+            self._verify(engine, lease)
+            self.mapper.limit_parent(record.layer, record.visible)
+            with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
+                layer = self._open_head(lease, head)
+                try:
+                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX)
+                    size = engine.swap_head(layer)
+                finally:
+                    layer.close()
+                engine.flush()
+            self._commit(self.record, engine.size)
+            return Frozen(record.layer, size)
+
+    def resize(self, size: int) -> None:
+        """Make it ``size`` bytes large. What a shrink cuts off reads as zeros if it grows again."""
+        with self.control:
+            engine, lease = self.engine, self._owned_lease()
+            self._verify(engine, lease)
+            self._commit(self.record, engine.size)
+            engine.pause()
+            try:
+                shrinks = size < engine.size
+                if shrinks:
+                    engine.announce_size(size)
+                visible = min(self.record.visible, size) if shrinks else self.record.visible
+                self._change(size=size, visible=visible, mtime_ns=time.time_ns())
+                engine.resize(size)
+            finally:
+                engine.resume()
+
+    def replace_layers(self, layer: LayerId, visible: int) -> None:
+        """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
+        with self.control:
+            engine = self.engine
+            now_ns = time.time_ns()
+            self._change(layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns)
+            engine.close(clean=True)
+            self._engine = None
+            self.own()
+
+    def verify_lease(self) -> None:
+        """Fence ourselves, and raise ``Fenced``, if the lock was broken."""
+        engine, lease = self._engine, self._lease
+        if engine is not None and lease is not None:
+            self._verify(engine, lease)
+
+    def _durable_engine(self, record: VolumeRecord) -> EngineVolume:
+        chain = [found.record for found in self.mapper.catalog.chain(record.layer)]
+        layers = open_durable_chain(self.mapper.blocker, chain, record.visible)
+        try:
+            return EngineVolume(layers, record.size, writable=False)
+        finally:
+            for layer in layers:
+                layer.close()
+
+    def _open_head(self, lease: LockRecord, head: LayerRecord) -> EngineLayer:
+        return open_live_layer(
+            self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True
+        )
+
+    def _owned_lease(self) -> LockRecord:
+        assert self._lease is not None, "an engine of a writable volume is open only under its lock"
+        return self._lease
+
+    def _verify(self, engine: EngineVolume, lease: LockRecord) -> None:
+        try:
+            self.mapper.locks.verify(lease, called=self.name)
+        except Fenced:
+            engine.fence()
+            raise
+
+    def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
+        self._verify(engine, lease)
+        engine.flush()
+
+    def _commit(self, record: VolumeRecord, size: int) -> None:
+        """Write size and time of last change to the record if they differ."""
+        mtime_ns = max(self._written_ns, record.mtime_ns)
+        if size != record.size or mtime_ns != record.mtime_ns:
+            self._change(size=size, mtime_ns=mtime_ns)
+
+    def _change(self, **fields: object) -> None:
+        self._record = self.mapper.change(
+            self.id, lambda record: msgspec.structs.replace(record, **fields)
+        ).record

@@ -1,0 +1,130 @@
+"""The configuration: TOML in ``/etc/archipfs/archipfs.toml``, another file by ``--config``, or a root directory.
+
+``--root DIR`` (or ``ARCHIPFS_ROOT``) puts everything under DIR and reads ``DIR/archipfs.toml`` if it is there:
+a private instance. Unknown keys are errors, so that a misspelt one is never silently without effect.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from archipfs.errors import InvalidConfig
+
+DEFAULT_PATH = Path("/etc/archipfs/archipfs.toml")
+DEFAULT_STATE_DIR = Path("/var/lib/archipfs")
+DEFAULT_RUN_DIR = Path("/run/archipfs")
+DEFAULT_BACKEND = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """One configured backend: the driver's name and its own options, unchecked here."""
+
+    name: str
+    driver: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    path: Path
+    """Where it was read from, or would be written to."""
+    state_dir: Path
+    run_dir: Path
+    backends: Mapping[str, BackendConfig] = field(default_factory=dict)
+
+    @property
+    def default_store(self) -> Path:
+        """Where the file backend made on first use keeps its bytes."""
+        return self.state_dir / "store"
+
+
+def load_config(*, root: Path | None = None, path: Path | None = None) -> Config:
+    """Read the configuration. A missing default file is an empty one; a missing ``path`` is an error.
+
+    Raises ``InvalidConfig`` with the file and the key.
+    """
+    if root is not None:
+        root = root.absolute()
+        base = Config(root / "archipfs.toml", root / "state", root / "run")
+    else:
+        base = Config(path or DEFAULT_PATH, DEFAULT_STATE_DIR, DEFAULT_RUN_DIR)
+    try:
+        text = base.path.read_text()
+    except FileNotFoundError:
+        if path is not None:
+            raise InvalidConfig(f"no configuration file {path}; create it or leave --config out") from None
+        return base
+    except OSError as error:
+        raise InvalidConfig(f"cannot read configuration {base.path}: {error.strerror}") from error
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidConfig(f"{base.path} is not TOML: {error}; mend it there") from error
+    return _interpret(base, document)
+
+
+def save_backend(config: Config, backend: BackendConfig) -> Config:
+    """Add a backend to the configuration file, durably. What else is in it stays as it is, comments too."""
+    document = tomlkit.parse(config.path.read_text()) if config.path.exists() else tomlkit.document()
+    table = tomlkit.table()
+    table.update({"driver": backend.driver, **backend.options})
+    document.setdefault("backend", tomlkit.table(is_super_table=True))[backend.name] = table
+    config.path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = config.path.with_name(f"{config.path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as stream:
+        stream.write(tomlkit.dumps(document))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, config.path)
+    directory = os.open(config.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return replace(config, backends={**config.backends, backend.name: backend})
+
+
+def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
+    _known(base.path, "", document, {"node", "backend"})
+    node = _table(base.path, "node", document.get("node", {}))
+    _known(base.path, "node.", node, {"state_dir", "run_dir"})
+    backends = {}
+    for name, value in _table(base.path, "backend", document.get("backend", {})).items():
+        options = dict(_table(base.path, f"backend.{name}", value))
+        driver = options.pop("driver", None)
+        if not isinstance(driver, str):
+            raise InvalidConfig(f"{base.path}: backend.{name} has no driver; add driver = \"file\"")
+        backends[name] = BackendConfig(name, driver, options)
+    return Config(
+        base.path,
+        _path(base.path, "node.state_dir", node.get("state_dir"), base.state_dir),
+        _path(base.path, "node.run_dir", node.get("run_dir"), base.run_dir),
+        backends,
+    )
+
+
+def _known(path: Path, prefix: str, table: Mapping[str, Any], keys: set[str]) -> None:
+    for key in table:
+        if key not in keys:
+            known = ", ".join(sorted(keys))
+            raise InvalidConfig(f"{path}: unknown key {prefix}{key}; the keys there are {known}")
+
+
+def _table(path: Path, name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{path}: {name} is not a table; write it as [{name}]")
+    return value
+
+
+def _path(path: Path, name: str, value: object, default: Path) -> Path:
+    if value is None:
+        return default
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise InvalidConfig(f"{path}: {name} is not an absolute path: {value!r}")
+    return Path(value)

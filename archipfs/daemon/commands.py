@@ -1,0 +1,227 @@
+"""What can be asked of a node: one table of functions, for the control socket and for a command line without daemon.
+
+Arguments and answers are plain values that JSON can carry. Sizes are integer bytes, times are seconds since the epoch.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from archipfs.compose.composer import Found, Made
+from archipfs.daemon.node import Node
+from archipfs.errors import DaemonError
+from archipfs.map.check import check_backend
+from archipfs.map.mapper import Attributes, Mapper
+from archipfs.map.records import LockRecord, VolumeRecord
+
+Answer = Mapping[str, Any]
+
+
+def call(node: Node, command: str, arguments: Mapping[str, Any]) -> Any:
+    """Carry out ``command``. Raises whatever it raises, and ``DaemonError`` for one that another version sent."""
+    function = COMMANDS.get(command)
+    if function is None:
+        raise DaemonError(f"the daemon does not know {command}; it is of another version, mount again")
+    try:
+        inspect.signature(function).bind(node, **arguments)
+    except TypeError as error:
+        raise DaemonError(f"the daemon does not understand {command} ({error}); mount again") from error
+    return function(node, **arguments)
+
+
+# Volumes
+
+
+def volume_list(node: Node) -> list[Answer]:
+    """Every volume, by name. Cheap: what takes a look at the bytes is in ``volume_info``."""
+    found = sorted(node.composer.volumes(), key=lambda each: str(each.record.name))
+    names = {each.record.id: each.record.name for each in found}
+    return [_summary(each, names.get(each.record.origin) if each.record.origin else None) for each in found]
+
+
+def volume_info(node: Node, name: str) -> Answer:
+    return describe(node, node.composer.find(name))
+
+
+def volume_create(
+    node: Node, name: str, size: int, backend: str | None = None, mode: int = 0o600, uid: int = 0, gid: int = 0
+) -> Answer:
+    node.composer.mapper(backend).check_fits(size)
+    return _made(node.composer.create(name, size, backend=backend, attributes=Attributes(mode, uid, gid)))
+
+
+def volume_snapshot(node: Node, name: str, snapshot: str, size: int | None = None) -> Answer:
+    return _made(node.composer.snapshot(name, snapshot, size=size))
+
+
+def volume_clone(node: Node, name: str, clone: str, size: int | None = None) -> Answer:
+    return _made(node.composer.clone(name, clone, size=size))
+
+
+def volume_rename(node: Node, name: str, new_name: str) -> Answer:
+    node.composer.rename(name, new_name)
+    return {"name": new_name}
+
+
+def volume_resize(node: Node, name: str, size: int) -> Answer:
+    record = node.composer.resize(name, size)
+    node.changed(record.id)
+    return {"name": name, "size": record.size}
+
+
+def volume_rollback(node: Node, name: str, snapshot: str) -> Answer:
+    done = node.composer.rollback(name, snapshot)
+    node.changed(done.record.id)
+    return {"name": name, "snapshot": snapshot, "kept": done.kept.name, "size": done.record.size}
+
+
+def volume_remove(node: Node, name: str) -> Answer:
+    node.composer.remove(name)
+    return {"name": name}
+
+
+def volume_lock(node: Node, name: str) -> Answer:
+    return _lock(node.composer.lock(name))
+
+
+def volume_unlock(node: Node, name: str, force: bool = False) -> Answer:
+    node.composer.unlock(name, force=force)
+    return {"name": name}
+
+
+def volume_open(node: Node, name: str) -> Answer:
+    return _lock(node.composer.hold_open(name))
+
+
+def volume_close(node: Node, name: str) -> Answer:
+    node.composer.close(name)
+    return {"name": name}
+
+
+# Backends and the node
+
+
+def backend_list(node: Node) -> list[Answer]:
+    return [_backend(node, mapper) for mapper in node.composer.mappers.values()]
+
+
+def backend_info(node: Node, name: str) -> Answer:
+    mapper = node.composer.mapper(name)
+    volumes = [found.record for found in mapper.volumes()]
+    return {
+        **_backend(node, mapper),
+        "store": mapper.store.id,
+        "hash": mapper.store.hash,
+        "created": mapper.store.created_ns / 1e9,
+        "volumes": sum(record.writable for record in volumes),
+        "snapshots": sum(not record.writable for record in volumes),
+        "logical": sum(record.size for record in volumes),
+        "volume_size_max": mapper.blocker.data_bytes_max,
+    }
+
+
+def check(node: Node) -> list[Answer]:
+    """What is wrong in the stores, and what a crash left behind; nothing found is an empty list."""
+    return [
+        {"backend": mapper.backend, "severity": found.severity.value, "what": found.what, "which": found.which}
+        for mapper in node.composer.mappers.values()
+        for found in check_backend(mapper)
+    ]
+
+
+def status(node: Node) -> Answer:
+    """What the daemon says of itself; empty where there is none."""
+    return node.status()
+
+
+# Answers
+
+
+def describe(node: Node, found: Found) -> Answer:
+    """All there is to say of a volume."""
+    record = found.record
+    composer = node.composer
+    origin = None
+    if record.origin is not None:
+        source = found.mapper.catalog.get(VolumeRecord, record.origin)
+        origin = source.record.name if source is not None else None
+    lock = composer.lock_of(found)
+    return {
+        **_summary(found, origin),
+        "written": composer.stored_bytes(found),
+        "layers": sum(1 for _ in found.mapper.catalog.chain(record.layer)),
+        "layer": record.layer,
+        "lock": _lock(lock) if lock is not None else None,
+        "state": "open" if composer.is_open(record.id) else "closed",
+        "mode": f"{record.mode & 0o7777:04o}",
+        "uid": record.uid,
+        "gid": record.gid,
+        "modified": record.mtime_ns / 1e9,
+    }
+
+
+def _summary(found: Found, origin: str | None) -> dict[str, Any]:
+    record = found.record
+    return {
+        "name": record.name,
+        "kind": record.kind.value,
+        "size": record.size,
+        "backend": found.mapper.backend,
+        "parent": origin,
+        "created": record.created_ns / 1e9,
+        "uuid": record.id,
+    }
+
+
+def _made(made: Made) -> Answer:
+    record = made.record
+    return {
+        "name": record.name,
+        "kind": record.kind.value,
+        "size": record.size,
+        "uuid": record.id,
+        "seconds": made.seconds,
+    }
+
+
+def _lock(lock: LockRecord) -> Answer:
+    return {
+        "host": lock.host,
+        "node": lock.node,
+        "since": lock.since_ns / 1e9,
+        "generation": lock.generation,
+        "holds": [hold.value for hold in lock.holds],
+    }
+
+
+def _backend(node: Node, mapper: Mapper) -> dict[str, Any]:
+    backend = node.config.backends[mapper.backend]
+    space = mapper.blocker.space()
+    return {
+        "name": backend.name,
+        "driver": backend.driver,
+        "place": mapper.blocker.describe(),
+        "total": space.total_bytes,
+        "available": space.available_bytes,
+    }
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "volume-list": volume_list,
+    "volume-info": volume_info,
+    "volume-create": volume_create,
+    "volume-snapshot": volume_snapshot,
+    "volume-clone": volume_clone,
+    "volume-rename": volume_rename,
+    "volume-resize": volume_resize,
+    "volume-rollback": volume_rollback,
+    "volume-remove": volume_remove,
+    "volume-lock": volume_lock,
+    "volume-unlock": volume_unlock,
+    "volume-open": volume_open,
+    "volume-close": volume_close,
+    "backend-list": backend_list,
+    "backend-info": backend_info,
+    "check": check,
+    "status": status,
+}

@@ -1,0 +1,72 @@
+"""The control socket: one JSON object a line, a request and its answer in turn.
+
+    {"command": "volume-info", "arguments": {"name": "vm1"}}
+    {"answer": {…}}    or    {"error": {"type": "NotFound", "message": "…"}}
+
+It lies in the run directory, which only the node's user can enter. Several clients at once are served side by side.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from archipfs.daemon.commands import call
+from archipfs.daemon.node import Node
+from archipfs.errors import ArchipError
+
+log = structlog.get_logger()
+
+SOCKET_NAME = "control.sock"
+REQUEST_BYTES_MAX = 1 << 20
+
+
+async def listen(run_dir: Path) -> trio.SocketListener:
+    """The listening socket. Whatever an earlier process left of it is replaced: the caller is the only one here."""
+    path = run_dir / SOCKET_NAME
+    path.unlink(missing_ok=True)
+    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await listener.bind(str(path))
+    os.chmod(path, 0o600)
+    listener.listen(64)
+    return trio.SocketListener(listener)
+
+
+async def serve(node: Node, listener: trio.SocketListener) -> None:
+    """Answer clients until cancelled."""
+    await trio.serve_listeners(lambda stream: _serve_client(node, stream), [listener])
+
+
+async def _serve_client(node: Node, stream: trio.SocketStream) -> None:
+    pending = b""
+    try:
+        async for piece in stream:
+            pending += piece
+            while b"\n" in pending:
+                line, _, pending = pending.partition(b"\n")
+                await stream.send_all(await _answer(node, line))
+            if len(pending) > REQUEST_BYTES_MAX:
+                return
+    except (trio.BrokenResourceError, ConnectionError):
+        log.info("a client of the control socket went away")
+
+
+async def _answer(node: Node, line: bytes) -> bytes:
+    try:
+        answer: dict[str, Any] = {"answer": await trio.to_thread.run_sync(_carry_out, node, line)}
+    except ArchipError as error:
+        answer = {"error": {"type": type(error).__name__, "message": str(error)}}
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _carry_out(node: Node, line: bytes) -> Any:
+    try:
+        request = json.loads(line)
+        command, arguments = str(request["command"]), dict(request["arguments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArchipError(f"not a request: {line[:80]!r}; send one JSON object with command and arguments") from error
+    return call(node, command, arguments)

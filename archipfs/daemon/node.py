@@ -1,0 +1,163 @@
+"""A node: the configuration brought to life, with its backends, its identity and its exclusive use of both.
+
+One process at a time is the node: the daemon, or a command that found none. It holds a lock on a file in the run
+directory, which the kernel drops when the process dies, however it dies.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archipfs.blockers.contract import Blocker
+from archipfs.blockers.registry import create_blocker, open_blocker
+from archipfs.blockers.retry import RetryBlocker
+from archipfs.compose.composer import Composer
+from archipfs.compose.engine import format_bitmap
+from archipfs.compose.layers import LiveBitmaps
+from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
+from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
+from archipfs.map.locks import Node as NodeIdentity
+from archipfs.map.mapper import Mapper, create_store
+from archipfs.map.names import check_name
+
+LOCK_WAIT_SECONDS = 5.0
+"""How long a command waits for another command to finish."""
+
+
+@dataclass(slots=True)
+class Node:
+    """What commands work on. ``changed`` and ``renamed`` are set by an endpoint whose clients keep caches."""
+
+    config: Config
+    identity: NodeIdentity
+    composer: Composer
+    status: Callable[[], Mapping[str, Any]]
+    """What the daemon says of itself; of a node without a mount, an empty mapping."""
+    changed: Callable[[str], None]
+    """Called with a volume's id after its content or size changed other than by writing."""
+
+
+@contextmanager
+def exclusive(config: Config, *, holder: Mapping[str, Any], wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+    """Be the only process of this node. ``holder`` describes us to those who come second.
+
+    Raises ``Busy``, naming the process that is the node, at once if that is a daemon.
+    """
+    make_directory(config.run_dir)
+    path = config.run_dir / "node.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                other = _read_holder(path)
+                if other.get("mountpoint") or time.monotonic() > deadline:
+                    at = f", mounted at {other['mountpoint']}" if other.get("mountpoint") else ""
+                    raise Busy(
+                        f"{config.run_dir} is used by process {other.get('pid', 'unknown')}{at}; "
+                        "unmount it or wait until it is done"
+                    ) from None
+                time.sleep(0.05)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # it is just being written
+    return holder if isinstance(holder, dict) else {}
+
+
+@contextmanager
+def open_node(config: Config) -> Iterator[Node]:
+    """Bring the node to life and recover from whatever happened before. Call it inside ``exclusive``."""
+    if not config.backends:
+        raise InvalidConfig(
+            f"no backend is configured in {config.path}; make one with "
+            f"`archip backend-create default --driver file --path {config.default_store}`"
+        )
+    make_directory(config.state_dir)
+    identity = NodeIdentity(_node_id(config.state_dir), socket.gethostname())
+    with ExitStack() as stack:
+        mappers = {}
+        for backend in config.backends.values():
+            blocker = open_backend(backend)
+            stack.callback(blocker.close)
+            mappers[backend.name] = Mapper(backend.name, blocker, identity, format_bitmap)
+        default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
+        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), default)
+        composer.recover()
+        yield Node(config, identity, composer, dict, lambda volume: None)
+        composer.close_all()
+        composer.reclaim()
+
+
+def open_backend(backend: BackendConfig) -> Blocker:
+    """The backend's driver, with retries. Errors name the backend."""
+    try:
+        return RetryBlocker(open_blocker(backend.driver, backend.options))
+    except ArchipError as error:
+        raise type(error)(f"backend {backend.name}: {error}") from error
+
+
+def create_backend(config: Config, backend: BackendConfig) -> Config:
+    """Make the store if there is none in its place, then add it to the configuration.
+
+    Raises ``AlreadyExists`` for a name that is configured with something else.
+    """
+    check_name(backend.name)
+    known = config.backends.get(backend.name)
+    if known is not None:
+        if known == backend:
+            return config
+        raise AlreadyExists(f"backend {backend.name} is configured already in {config.path}; choose another name")
+    blocker = create_blocker(backend.driver, backend.options)
+    try:
+        create_store(blocker)
+    finally:
+        blocker.close()
+    return save_backend(config, backend)
+
+
+def create_default_backend(config: Config) -> Config:
+    """The file backend that a first mount makes by itself."""
+    return create_backend(config, BackendConfig(DEFAULT_BACKEND, "file", {"path": str(config.default_store)}))
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make {path}: {error.strerror}; be root, or use --root with a place of your own") from error
+
+
+def _node_id(state_dir: Path) -> str:
+    """Who this node is, made up on its first day."""
+    path = state_dir / "node-id"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        node_id = uuid.uuid4().hex
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w") as stream:
+            stream.write(node_id + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, path)
+        return node_id

@@ -1,0 +1,1 @@
+"""Endpoints: northbound, where clients reach volumes. One package a protocol."""

@@ -1,0 +1,131 @@
+"""Whether a store holds together: names, volumes, layers, objects.
+
+Reads everything once, changes nothing, and may run beside writers: what looks wrong is looked at once more, so that
+an operation under way is not taken for damage.
+"""
+
+import enum
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from archipfs.errors import FormatTooNew, ObjectDamaged
+from archipfs.map.catalog import Catalog
+from archipfs.map.mapper import Mapper, bitmap_key, data_key
+from archipfs.map.names import name_ident
+from archipfs.map.reclaim import reachable
+from archipfs.map.records import (
+    KIND_NAMES,
+    LayerRecord,
+    LockRecord,
+    NameRecord,
+    R,
+    StoreRecord,
+    VolumeRecord,
+    decode,
+)
+from archipfs.types import LayerId
+
+
+class Severity(enum.Enum):
+    ERROR = "error"
+    """Something is lost or contradicts itself."""
+    LEFTOVER = "leftover"
+    """A crash left it behind; it harms nothing and goes away by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    severity: Severity
+    what: str
+    which: str
+
+
+def check_backend(mapper: Mapper) -> list[Finding]:
+    """What is wrong in one backend's store, errors first. Nothing wrong is an empty list."""
+    first = set(_findings(mapper))
+    lasting = first & set(_findings(mapper)) if first else first
+    return sorted(lasting, key=lambda found: (found.severity.value, found.which, found.what))
+
+
+def _findings(mapper: Mapper) -> Iterator[Finding]:
+    catalog = mapper.catalog
+    damaged: list[Finding] = []
+    _readable(mapper, StoreRecord, damaged)
+    volumes = _readable(mapper, VolumeRecord, damaged)
+    layers = {record.id: record for record in _readable(mapper, LayerRecord, damaged).values()}
+    names = _readable(mapper, NameRecord, damaged)
+    locks = _readable(mapper, LockRecord, damaged)
+    yield from damaged
+    named = [record for record in volumes.values() if record.name is not None]
+    yield from _check_names(catalog, named, names)
+    for record in volumes.values():
+        if record.name is None:
+            yield Finding(Severity.LEFTOVER, "volume is removed and not purged yet", f"volume {record.id}")
+    for volume in locks:
+        if volume not in volumes:
+            yield Finding(Severity.LEFTOVER, "lock of a volume that is gone", f"lock {volume}")
+    used = reachable({record.layer for record in named}, layers)
+    yield from _check_chains(named, layers)
+    yield from _check_objects(mapper, layers, used)
+
+
+def _readable(mapper: Mapper, kind: type[R], damaged: list[Finding]) -> dict[str, R]:
+    """The records of a kind that can be read, by ident; the others go to ``damaged``."""
+    records: dict[str, R] = {}
+    for key, found in mapper.blocker.list_records(KIND_NAMES[kind]):
+        try:
+            records[key.partition("/")[2]] = decode(kind, key, found.value)
+        except (ObjectDamaged, FormatTooNew) as error:
+            damaged.append(Finding(Severity.ERROR, str(error), f"record {key}"))
+    return records
+
+
+def _check_names(catalog: Catalog, named: list[VolumeRecord], names: dict[str, NameRecord]) -> Iterator[Finding]:
+    for record in named:
+        entry = names.get(name_ident(str(record.name)))
+        if entry is None or record.id not in (entry.volume, entry.replaced):
+            yield Finding(Severity.ERROR, "volume's name does not lead to it", f"volume {record.name} ({record.id})")
+    by_id = {record.id: record for record in named}
+    for ident, entry in names.items():
+        if ident != name_ident(entry.name):
+            yield Finding(Severity.ERROR, "name record lies in another name's place", f"name {entry.name}")
+        holders = (by_id.get(entry.volume), by_id.get(entry.replaced) if entry.replaced else None)
+        if not any(holder is not None and holder.name == entry.name for holder in holders):
+            yield Finding(Severity.LEFTOVER, "name leads to no volume", f"name {entry.name}")
+
+
+def _check_chains(named: list[VolumeRecord], layers: dict[LayerId, LayerRecord]) -> Iterator[Finding]:
+    users = Counter(record.layer for record in named)
+    parents = Counter(record.parent for record in layers.values() if record.parent is not None)
+    for record in named:
+        which = f"volume {record.name} ({record.id})"
+        if record.layer not in layers:
+            yield Finding(Severity.ERROR, f"its layer {record.layer} is missing", which)
+        elif record.writable and users[record.layer] > 1:
+            yield Finding(Severity.ERROR, "another volume reads the layer it writes", which)
+        elif record.writable and parents[record.layer]:
+            yield Finding(Severity.ERROR, "the layer it writes has children", which)
+        following: LayerId | None = record.layer
+        seen: set[LayerId] = set()
+        while following is not None and following in layers:
+            if following in seen:
+                yield Finding(Severity.ERROR, "its layers go round in a circle", which)
+                break
+            seen.add(following)
+            following = layers[following].parent
+    for layer in layers.values():
+        if layer.parent is not None and layer.parent not in layers:
+            yield Finding(Severity.ERROR, f"its parent {layer.parent} is missing", f"layer {layer.id}")
+
+
+def _check_objects(mapper: Mapper, layers: dict[LayerId, LayerRecord], used: set[LayerId]) -> Iterator[Finding]:
+    for layer in layers.keys() - used:
+        yield Finding(Severity.LEFTOVER, "layer that nothing leads to", f"layer {layer}")
+    for kind, key_of in (("layer", data_key), ("bitmap", bitmap_key)):
+        present = set(mapper.blocker.list_data(kind))
+        for layer in used & layers.keys():
+            if key_of(layer) not in present:
+                yield Finding(Severity.ERROR, f"its {kind} object is missing", f"layer {layer}")
+        for key in present - {key_of(layer) for layer in layers}:
+            yield Finding(Severity.LEFTOVER, "data object without a layer", f"object {key}")

@@ -1,0 +1,350 @@
+"""The mapper of one backend: creates, names, snapshots, clones, renames and removes volumes.
+
+It moves records and makes empty layers; bytes are the composer's. Every operation writes data before map and map
+before name, and commits with exactly one record. docs/architecture.md lists each operation's steps with what a crash
+after each of them leaves.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from archipfs.blockers.contract import Blocker, DataObject
+from archipfs.errors import AlreadyExists, Conflict, FormatTooNew, NotFound, ObjectMissing, TooLarge
+from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
+from archipfs.map.locks import Locks, Node
+from archipfs.map.names import check_name
+from archipfs.map.reclaim import Reclaimed, delete_layer, reclaim
+from archipfs.map.records import FORMAT_VERSION, Kind, LayerRecord, NameRecord, StoreRecord, VolumeRecord
+from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId, new_layer_id, new_volume_id
+from archipfs.units import check_size, format_size
+
+FOREIGN_GRACE_NS = 3600 * 10**9
+"""How old a layer made by another node must be before we call it left behind."""
+
+DEFAULT_HASH = "blake3"
+
+
+def data_key(layer: LayerId) -> str:
+    return f"layer/{layer}"
+
+
+def bitmap_key(layer: LayerId) -> str:
+    return f"bitmap/{layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a file on the mount has beside its bytes."""
+
+    mode: int = 0o600
+    uid: int = 0
+    gid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A name taken for a volume that has no record yet."""
+
+    name: str
+    volume: VolumeId
+    version: int
+
+
+def create_store(blocker: Blocker, hash_name: str = DEFAULT_HASH) -> None:
+    """Write what the store is. Does nothing if that is there already."""
+    catalog = Catalog(blocker)
+    if catalog.store() is None:
+        try:
+            catalog.put(StoreRecord(new_volume_id(), hash_name, time.time_ns()), STORE_IDENT, None)
+        except Conflict:
+            return
+
+
+class Mapper:
+    """Volumes, layers and names of one backend. Thread-safe; callers hold a volume's lock where it says so."""
+
+    def __init__(
+        self, backend: str, blocker: Blocker, node: Node, format_bitmap: Callable[[DataObject, LayerId], None]
+    ) -> None:
+        """Raises ``ObjectMissing`` if there is no store, ``FormatTooNew`` if a later archipfs made it."""
+        self.backend = backend
+        self.blocker = blocker
+        self.catalog = Catalog(blocker)
+        self.locks = Locks(self.catalog, node)
+        self._node = node
+        self._format_bitmap = format_bitmap
+        self._mutex = threading.Lock()
+        self._pending: set[LayerId] = set()
+        self._reserved: set[str] = set()
+        found = self.catalog.store()
+        if found is None:
+            raise ObjectMissing(
+                f"backend {backend}: no store in {blocker.describe()}; make one with `archip backend-create {backend}`"
+            )
+        self.store = found.record
+
+    # Reading
+
+    def find(self, name: str) -> Versioned[VolumeRecord] | None:
+        return self.catalog.resolve(name)
+
+    def volumes(self) -> Iterator[Versioned[VolumeRecord]]:
+        return self.catalog.volumes()
+
+    # Names
+
+    @contextmanager
+    def reserve(self, name: str) -> Iterator[Reservation]:
+        """Take a name for a volume about to be made. Raises ``AlreadyExists``.
+
+        Left without ``publish``, the name resolves to nothing and is free again.
+        """
+        check_name(name)
+        with self._mutex:
+            if name in self._reserved:
+                raise AlreadyExists(f"{name} is just being made by somebody else; choose another name")
+            self._reserved.add(name)
+        try:
+            volume = new_volume_id()
+            yield Reservation(name, volume, self._claim(name, volume))
+        finally:
+            with self._mutex:
+                self._reserved.discard(name)
+
+    def publish(self, reservation: Reservation, record: VolumeRecord) -> Versioned[VolumeRecord]:
+        """Commit a new volume under the reserved name. Raises ``AlreadyExists`` if another node took it meanwhile."""
+        made = self.catalog.put_volume(record, None)
+        entry = self.catalog.name(reservation.name)
+        if entry is None or entry.record.volume != record.id:
+            self.catalog.delete(VolumeRecord, record.id, made.version)
+            raise AlreadyExists(f"{reservation.name} was just made on another node; choose another name")
+        return made
+
+    def _claim(self, name: str, volume: VolumeId) -> int:
+        while True:
+            entry = self.catalog.name(name)
+            if entry is not None and self.catalog.resolve_entry(entry.record) is not None:
+                raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
+            try:
+                return self.catalog.put_name(NameRecord(name, volume), entry.version if entry else None).version
+            except Conflict:
+                continue
+
+    def _drop_name(self, name: str, volume: VolumeId) -> None:
+        """Delete the name's entry if it still speaks of ``volume``, which is not called so any more."""
+        entry = self.catalog.name(name)
+        if entry is not None and entry.record.volume == volume:
+            try:
+                self.catalog.delete_name(name, entry.version)
+            except Conflict:
+                return  # somebody took the free name over
+
+    # Layers
+
+    @contextmanager
+    def new_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
+        """An empty layer, durable. Until the end of the block it counts as used although no record names it yet."""
+        record = LayerRecord(new_layer_id(), parent, parent_visible, self._node.id, time.time_ns())
+        with self._mutex:
+            self._pending.add(record.id)
+        try:
+            # The record comes first: whatever objects there are, a record leads to them.
+            self.catalog.put(record, record.id, None)
+            self.blocker.create_data(data_key(record.id)).close()
+            bitmap = self.blocker.create_data(bitmap_key(record.id))
+            try:
+                self._format_bitmap(bitmap, record.id)
+            finally:
+                bitmap.close()
+            yield record
+        finally:
+            with self._mutex:
+                self._pending.discard(record.id)
+
+    def limit_parent(self, layer: LayerId, parent_visible: int) -> None:
+        """Have at most ``parent_visible`` bytes of the parent shine through, for good."""
+        while True:
+            found = self.catalog.layer(layer)
+            if found.record.parent is None or found.record.parent_visible <= parent_visible:
+                return
+            try:
+                self.catalog.put(msgspec.structs.replace(found.record, parent_visible=parent_visible), layer,
+                                 found.version)
+                return
+            except Conflict:
+                continue
+
+    def check_fits(self, size: int) -> int:
+        """``size`` if a volume may be that large here. Raises ``InvalidSize`` or ``TooLarge``."""
+        check_size(size)
+        if size > self.blocker.data_bytes_max:
+            raise TooLarge(
+                f"size {format_size(size)} is more than backend {self.backend} can keep in one volume; "
+                f"{format_size(self.blocker.data_bytes_max)} is the most"
+            )
+        return size
+
+    # Volumes
+
+    def create(self, name: str, size: int, attributes: Attributes) -> Versioned[VolumeRecord]:
+        """A new, empty volume. ``size`` may be 0 here: a file just created has none yet.
+
+        Raises ``InvalidName``, ``InvalidSize``, ``TooLarge``, ``AlreadyExists``.
+        """
+        check_name(name)
+        if size:
+            self.check_fits(size)
+        with self.reserve(name) as reservation, self.new_layer(None, 0) as layer:
+            return self.publish(reservation, self._fresh(reservation, Kind.VOLUME, size, layer.id, None, attributes))
+
+    def clone(
+        self, source: VolumeRecord, name: str, size: int, attributes: Attributes
+    ) -> Versioned[VolumeRecord]:
+        """A writable volume on top of the layer of the snapshot ``source``, at least as large as it.
+
+        Raises as ``create`` does, and ``NotFound`` if the source is removed meanwhile.
+        """
+        with self.reserve(name) as reservation, self.new_layer(source.layer, source.size) as layer:
+            # The child exists; from here on, whoever removes the source sees that its layer is in use.
+            self._still_there(source)
+            return self.publish(reservation, self._fresh(reservation, Kind.CLONE, size, layer.id, source, attributes))
+
+    def publish_snapshot(
+        self, reservation: Reservation, source: VolumeRecord, layer: LayerId, size: int
+    ) -> Versioned[VolumeRecord]:
+        """Commit a snapshot of ``source`` that reads ``layer``, which nobody writes any more."""
+        attributes = Attributes(0o444, source.uid, source.gid)
+        record = self._fresh(reservation, Kind.SNAPSHOT, size, layer, source, attributes)
+        return self.publish(reservation, record)
+
+    def change(
+        self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]
+    ) -> Versioned[VolumeRecord]:
+        """Replace the volume's record by ``edit(record)``, again if another node was quicker. Raises ``NotFound``."""
+        while True:
+            found = self.catalog.volume(volume)
+            edited = edit(found.record)
+            if edited == found.record:
+                return found
+            try:
+                return self.catalog.put_volume(edited, found.version)
+            except Conflict:
+                continue
+
+    def rename(self, volume: VolumeId, name: str, *, replace: bool) -> VolumeRecord | None:
+        """Call ``volume`` ``name``. Returns the volume that had that name, now nameless, if ``replace`` allows it.
+
+        Hold the lock of the volume, and of the one that is replaced. Raises ``AlreadyExists``, ``NotFound``.
+        """
+        check_name(name)
+        old = self.catalog.volume(volume).record
+        if old.name is None:
+            raise NotFound(f"the volume {volume} has been removed; see `archip volume-list`")
+        if old.name == name:
+            return None
+        displaced = self._point_name(name, volume, replace=replace)
+        self.change(volume, lambda record: msgspec.structs.replace(record, name=name, ctime_ns=time.time_ns()))
+        self._drop_name(old.name, volume)
+        if displaced is None:
+            return None
+        return self.change(displaced.id, lambda record: msgspec.structs.replace(record, name=None)).record
+
+    def _point_name(self, name: str, volume: VolumeId, *, replace: bool) -> VolumeRecord | None:
+        """Have the name's entry speak of ``volume``, and of the one that has the name until the rename commits."""
+        while True:
+            entry = self.catalog.name(name)
+            holder = self.catalog.resolve_entry(entry.record) if entry is not None else None
+            if holder is not None and not replace:
+                raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
+            record = NameRecord(name, volume, holder.record.id if holder is not None else None)
+            try:
+                self.catalog.put_name(record, entry.version if entry is not None else None)
+            except Conflict:
+                continue
+            return holder.record if holder is not None else None
+
+    def remove(self, volume: VolumeId) -> VolumeRecord:
+        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
+        name: str | None = None
+
+        def nameless(record: VolumeRecord) -> VolumeRecord:
+            nonlocal name
+            name = record.name
+            return msgspec.structs.replace(record, name=None)
+
+        removed = self.change(volume, nameless).record
+        if name is not None:
+            self._drop_name(name, volume)
+        return removed
+
+    def purge(self, record: VolumeRecord) -> None:
+        """Delete a removed volume that nobody has open. What it was made from stays until ``reclaim``."""
+        if record.writable:
+            delete_layer(self.catalog, self.blocker, record.layer)
+        found = self.catalog.get(VolumeRecord, record.id)
+        if found is not None:
+            self.catalog.delete(VolumeRecord, record.id, found.version)
+        self.locks.forget(record.id)
+
+    def removed(self) -> list[VolumeRecord]:
+        """Volumes that no name resolves to: removed while open, or by an operation that a crash cut short."""
+        claims: dict[str, list[VolumeRecord]] = defaultdict(list)
+        nameless = []
+        for _, found in self.catalog.list(VolumeRecord):
+            if found.record.name is None:
+                nameless.append(found.record)
+            else:
+                claims[found.record.name].append(found.record)
+        for name, records in claims.items():
+            if len(records) > 1 and (winner := self.catalog.resolve(name)) is not None:
+                nameless += [record for record in records if record.id != winner.record.id]
+        return nameless
+
+    def reclaim(self) -> Reclaimed:
+        """Delete the layers that nothing leads to."""
+
+        def in_use(layer: LayerRecord) -> bool:
+            if layer.node == self._node.id:
+                with self._mutex:
+                    return layer.id in self._pending
+            return time.time_ns() - layer.created_ns < FOREIGN_GRACE_NS
+
+        return reclaim(self.catalog, self.blocker, in_use)
+
+    def _still_there(self, source: VolumeRecord) -> None:
+        found = self.catalog.get(VolumeRecord, source.id)
+        if found is None or found.record.name is None:
+            raise NotFound(f"{source.name} has just been removed; see `archip volume-list`")
+
+    def _fresh(
+        self,
+        reservation: Reservation,
+        kind: Kind,
+        size: int,
+        layer: LayerId,
+        origin: VolumeRecord | None,
+        attributes: Attributes,
+    ) -> VolumeRecord:
+        now_ns = time.time_ns()
+        return VolumeRecord(
+            id=reservation.volume,
+            name=reservation.name,
+            kind=kind,
+            size=size,
+            layer=layer,
+            visible=VOLUME_BYTES_MAX,
+            origin=origin.id if origin is not None else None,
+            created_ns=now_ns,
+            mode=attributes.mode,
+            uid=attributes.uid,
+            gid=attributes.gid,
+            atime_ns=now_ns,
+            mtime_ns=origin.mtime_ns if origin is not None else now_ns,
+            ctime_ns=now_ns,
+        )

@@ -1,0 +1,63 @@
+"""Layers that nothing leads to any more, and how to delete them without taking one that is about to be used.
+
+A layer is in use if a volume's record names it, or a layer in use has it for a parent, or its maker is still at work
+with it. Volumes are read before layers: a layer becomes a parent only through a volume that names it, so if no volume
+read first leads to it, every child it will ever have is among the layers read afterwards, and whoever makes a child
+looks once more whether the volume it came from is still there (``Mapper.clone``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from archipfs.blockers.contract import Blocker
+from archipfs.errors import ObjectMissing
+from archipfs.map.catalog import Catalog, children_first
+from archipfs.map.records import LayerRecord, VolumeRecord
+from archipfs.types import LayerId
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    layers: int
+    stored_bytes: int
+    """What their data objects took in the store."""
+
+
+def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], bool]) -> Reclaimed:
+    """Delete every layer that no volume and no layer ``in_use`` leads to; children first, so that a crash in between
+    leaves no layer without its parent."""
+    roots = {found.record.layer for _, found in catalog.list(VolumeRecord)}
+    layers = {found.record.id: found.record for _, found in catalog.list(LayerRecord)}
+    roots |= {layer for layer, record in layers.items() if in_use(record)}
+    garbage = {layer: record for layer, record in layers.items() if layer not in reachable(roots, layers)}
+    stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
+    return Reclaimed(len(garbage), stored_bytes)
+
+
+def reachable(roots: set[LayerId], layers: dict[LayerId, LayerRecord]) -> set[LayerId]:
+    """``roots`` and all their ancestors. Pure."""
+    seen: set[LayerId] = set()
+    for root in roots:
+        following: LayerId | None = root
+        while following is not None and following not in seen:
+            seen.add(following)
+            record = layers.get(following)
+            following = record.parent if record is not None else None
+    return seen
+
+
+def delete_layer(catalog: Catalog, blocker: Blocker, layer: LayerId) -> int:
+    """Delete a layer's objects, then its record, so that a record leads to whatever is left. Returns bytes freed."""
+    stored_bytes = 0
+    for key in (f"layer/{layer}", f"bitmap/{layer}"):
+        try:
+            data = blocker.open_data(key, writable=False)
+        except ObjectMissing:
+            continue  # an earlier attempt got this far
+        stored_bytes += data.allocated()
+        data.close()
+        blocker.delete_data(key)
+    found = catalog.get(LayerRecord, layer)
+    if found is not None:
+        catalog.delete(LayerRecord, layer, found.version)
+    return stored_bytes

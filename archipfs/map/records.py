@@ -1,0 +1,145 @@
+"""The records and their encoding: one header line, then JSON. docs/format.md has it field by field.
+
+    archipfs-record 1 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
+    {"id":"…","name":"vm1",…}
+
+The nonce makes every encoding unique, so that a writer can tell its own value from an equal one of somebody else.
+Pure: no I/O.
+"""
+
+import enum
+import secrets
+from typing import Any, TypeVar
+
+import msgspec
+import xxhash
+
+from archipfs.errors import FormatTooNew, ObjectDamaged
+from archipfs.types import LayerId, VolumeId
+
+FORMAT_VERSION = 1
+_MAGIC = b"archipfs-record"
+
+
+class Kind(enum.Enum):
+    """What a volume is. Clones and volumes are written alike; a clone knows where it came from."""
+
+    VOLUME = "volume"
+    SNAPSHOT = "snapshot"
+    CLONE = "clone"
+
+
+class StoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a whole store is, written when it is created."""
+
+    id: str
+    hash: str
+    created_ns: int
+
+
+class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A volume: its name points here, and here is which layer it is read from."""
+
+    id: VolumeId
+    name: str | None
+    """``None`` once it is removed: nothing resolves to it any more, its space may go."""
+    kind: Kind
+    size: int
+    layer: LayerId
+    """The head of a volume or clone; the frozen or sealed layer of a snapshot."""
+    visible: int
+    """Bytes of the layer's parent that shine through; the layer's own limit holds too. Shrinking lowers it."""
+    origin: VolumeId | None
+    """What it was made from."""
+    created_ns: int
+    mode: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    xattrs: dict[str, bytes] = {}
+
+    @property
+    def writable(self) -> bool:
+        return self.kind is not Kind.SNAPSHOT
+
+
+class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layer. It is the head if a writable volume names it, frozen if only snapshots or children do."""
+
+    id: LayerId
+    parent: LayerId | None
+    parent_visible: int
+    """Bytes of the parent that shine through."""
+    node: str
+    """Who made it: that node knows whether it is still about to be used."""
+    created_ns: int
+
+
+class NameRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who a name belongs to. It counts only while that volume's record says the same name."""
+
+    name: str
+    volume: VolumeId
+    replaced: VolumeId | None = None
+    """Who had it before, and has it until ``volume``'s record says this name: a rename onto a taken name."""
+
+
+class Hold(enum.Enum):
+    """Why a lock is held. It is given back when no reason is left."""
+
+    IO = "io"
+    OPENED = "opened"
+    LOCKED = "locked"
+
+
+class LockRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may write a volume. The record outlives its owner, and its generation never falls."""
+
+    volume: VolumeId
+    generation: int
+    node: str | None
+    """The owner's node id, ``None`` when nobody holds it."""
+    host: str
+    since_ns: int
+    holds: tuple[Hold, ...] = ()
+
+
+AnyRecord = StoreRecord | VolumeRecord | LayerRecord | NameRecord | LockRecord
+R = TypeVar("R", StoreRecord, VolumeRecord, LayerRecord, NameRecord, LockRecord)
+
+KIND_NAMES: dict[type[Any], str] = {
+    StoreRecord: "store",
+    VolumeRecord: "volume",
+    LayerRecord: "layer",
+    NameRecord: "name",
+    LockRecord: "lock",
+}
+
+
+def encode(record: AnyRecord) -> bytes:
+    """The bytes that stand for ``record`` in the store."""
+    payload = msgspec.json.encode(record)
+    kind = KIND_NAMES[type(record)]
+    digest = xxhash.xxh3_64_hexdigest(payload)
+    return f"archipfs-record {FORMAT_VERSION} {kind} {secrets.token_hex(8)} {digest}\n".encode() + payload
+
+
+def decode(kind: type[R], key: str, value: bytes) -> R:
+    """The record in ``value``, read from ``key``. Raises ``FormatTooNew`` or ``ObjectDamaged``, naming the key."""
+    header, newline, payload = value.partition(b"\n")
+    fields = header.split(b" ")
+    if not newline or len(fields) < 2 or fields[0] != _MAGIC or not fields[1].isdigit():
+        raise ObjectDamaged(f"record {key} is damaged: no header; restore it from a copy of the store")
+    version = int(fields[1])
+    if version > FORMAT_VERSION:
+        raise FormatTooNew(f"record {key} has format {version}, this archipfs reads {FORMAT_VERSION}; upgrade archipfs")
+    if len(fields) != 5 or fields[2] != KIND_NAMES[kind].encode():
+        raise ObjectDamaged(f"record {key} is damaged: wrong header; restore it from a copy of the store")
+    if xxhash.xxh3_64_hexdigest(payload).encode() != fields[4]:
+        raise ObjectDamaged(f"record {key} is damaged: bad checksum; restore it from a copy of the store")
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except msgspec.ValidationError as error:
+        raise ObjectDamaged(f"record {key} is damaged: {error}; restore it from a copy of the store") from error

@@ -1,0 +1,209 @@
+"""A Debian guest under qemu, booted from a raw volume and driven over a serial port.
+
+The image comes from ``tools/guest-image``. qemu boots its kernel directly; the guest's second serial port is one end of
+a socket pair, on which process 1 of the guest takes a command a line and answers with its status and output. The first
+serial port is a console that goes to a log file.
+"""
+
+import base64
+import fcntl
+import itertools
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BOOT_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 60.0
+
+_KVM_CREATE_VM = 0xAE01
+
+
+class GuestError(Exception):
+    """The guest, or qemu around it, did not do what it was asked."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a guest boots: the root file system goes onto a volume, kernel and initrd are qemu's."""
+
+    root: Path
+    kernel: Path
+    initrd: Path
+
+    @property
+    def size_bytes(self) -> int:
+        return self.root.stat().st_size
+
+
+def build_image() -> Image:
+    """The image, built the first time (under a minute), found again later."""
+    done = subprocess.run([REPOSITORY / "tools" / "guest-image"], check=True, stdout=subprocess.PIPE, text=True)
+    directory = Path(done.stdout.strip())
+    return Image(directory / "root.img", directory / "vmlinuz", directory / "initrd")
+
+
+def kvm_usable() -> bool:
+    """/dev/kvm may be there and still refuse: only making a machine tells."""
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.close(fcntl.ioctl(kvm, _KVM_CREATE_VM, 0))
+    except OSError:
+        return False
+    finally:
+        os.close(kvm)
+    return True
+
+
+class Guest:
+    """One running guest. As a context manager it starts on entry and is killed on exit if it still runs."""
+
+    def __init__(
+        self,
+        volume: Path,
+        image: Image,
+        *,
+        console: Path,
+        accelerator: str | None = None,
+        cache: str = "none",
+        aio: str = "io_uring",
+        memory_mib: int = 256,
+        extra_arguments: Sequence[str] = (),
+    ) -> None:
+        self.volume = volume
+        self.image = image
+        self.console = console
+        self.accelerator = accelerator or ("kvm" if kvm_usable() else "tcg")
+        self.boot_s = 0.0
+        self._drive = f"file={volume},if=virtio,format=raw,cache={cache},aio={aio},discard=unmap"
+        self._memory_mib = memory_mib
+        self._extra_arguments = list(extra_arguments)
+        self._ids = itertools.count(1)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._serial: socket.socket | None = None
+        self._received = b""
+
+    def start(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Boot, and return when the guest takes commands."""
+        begun = time.monotonic()
+        self._serial, theirs = socket.socketpair()
+        try:
+            with theirs, self.console.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command(theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[theirs.fileno()],
+                )
+            while self._read_line(begun + timeout_s) != "ready":
+                pass
+        except BaseException:
+            self.kill()
+            raise
+        self.boot_s = time.monotonic() - begun
+
+    def run(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:
+        """Run a shell command in the guest: its exit status, and what it wrote on both outputs.
+
+        What the command leaves in the background must have its outputs redirected.
+        """
+        ident = self._send(command)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer, _, rest = self._read_line(deadline).partition(" ")
+            if answer == ident:
+                status, _, output = rest.partition(" ")
+                return int(status), base64.b64decode(output).decode(errors="replace")
+
+    def check(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """``run``, for a command that must succeed: its output, stripped."""
+        status, output = self.run(command, timeout_s)
+        if status:
+            raise GuestError(f"{command!r} ended with status {status} in the guest: {output.strip()}")
+        return output.strip()
+
+    def shutdown(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
+        """Unmount in order and power off."""
+        assert self._process is not None
+        self._send("kill -9 -1; sync; mount -o remount,ro / && echo o >/proc/sysrq-trigger")
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise GuestError(f"the guest did not power off in {timeout_s:.0f} s: {self._last_words()}") from None
+        self.kill()
+        if status:
+            raise GuestError(f"qemu ended with status {status}: {self._last_words()}")
+
+    def kill(self) -> None:
+        """What pulling the plug is to a machine. Does nothing to a guest that has ended."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._serial is not None:
+            self._serial.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.kill()
+
+    def _command(self, serial_fd: int) -> list[str]:
+        return [
+            "qemu-system-x86_64",
+            *("-accel", self.accelerator),
+            *("-m", str(self._memory_mib)),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd)),
+            *("-append", "console=ttyS0 quiet panic=-1 loglevel=4"),
+            *("-drive", self._drive),
+            *("-serial", "stdio"),
+            *("-chardev", f"socket,id=commands,fd={serial_fd}", "-serial", "chardev:commands"),
+            *self._extra_arguments,
+        ]
+
+    def _send(self, command: str) -> str:
+        assert self._serial is not None, "not started"
+        ident = str(next(self._ids))
+        self._serial.settimeout(COMMAND_TIMEOUT_S)
+        self._serial.sendall(f"{ident} {base64.b64encode(command.encode()).decode()}\n".encode())
+        return ident
+
+    def _read_line(self, deadline: float) -> str:
+        assert self._serial is not None, "not started"
+        while b"\n" not in self._received:
+            self._serial.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                data = self._serial.recv(65536)
+            except TimeoutError:
+                raise GuestError(f"the guest did not answer in time: {self._last_words()}") from None
+            if not data:
+                raise GuestError(f"qemu ended: {self._last_words()}")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode(errors="replace").strip()
+
+    def _last_words(self) -> str:
+        return " | ".join(self.console.read_text(errors="replace").splitlines()[-5:]) or "(an empty console)"
+
+
+def fill(volume: Path, image: Image) -> None:
+    """Copy the image onto a volume that exists and is at least as large."""
+    subprocess.run(
+        ["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "--target-is-zero", image.root, volume],
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
