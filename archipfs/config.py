@@ -36,6 +36,8 @@ class Config:
     """Where it was read from, or would be written to."""
     state_dir: Path
     run_dir: Path
+    root: Path | None = None
+    """The private instance's directory, if it is one."""
     backends: Mapping[str, BackendConfig] = field(default_factory=dict)
 
     @property
@@ -51,7 +53,7 @@ def load_config(*, root: Path | None = None, path: Path | None = None) -> Config
     """
     if root is not None:
         root = root.absolute()
-        base = Config(root / "archipfs.toml", root / "state", root / "run")
+        base = Config(root / "archipfs.toml", root / "state", root / "run", root)
     else:
         base = Config(path or DEFAULT_PATH, DEFAULT_STATE_DIR, DEFAULT_RUN_DIR)
     try:
@@ -99,13 +101,13 @@ def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
         options = dict(_table(base.path, f"backend.{name}", value))
         driver = options.pop("driver", None)
         if not isinstance(driver, str):
-            raise InvalidConfig(f"{base.path}: backend.{name} has no driver; add driver = \"file\"")
+            raise InvalidConfig(f'{base.path}: backend.{name} has no driver; add driver = "file"')
         backends[name] = BackendConfig(name, driver, options)
-    return Config(
-        base.path,
-        _path(base.path, "node.state_dir", node.get("state_dir"), base.state_dir),
-        _path(base.path, "node.run_dir", node.get("run_dir"), base.run_dir),
-        backends,
+    return replace(
+        base,
+        state_dir=_path(base.path, "node.state_dir", node.get("state_dir"), base.state_dir),
+        run_dir=_path(base.path, "node.run_dir", node.get("run_dir"), base.run_dir),
+        backends=backends,
     )
 
 

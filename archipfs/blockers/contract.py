@@ -12,9 +12,11 @@ record                 volumes, layers, names, locks                            
 =====================  ==========================================================  ==========================
 
 Keys are ``kind/ident``: lower-case letters, digits, ``-``, ``.`` and one slash, 200 bytes at most; idents carry uuids
-or hashes, never what a user typed. A key of a data object or an immutable object is not used again after its delete. Missing things: ``get_record`` returns ``None``; everything else raises ``ObjectMissing``, except
-that deleting what is not there succeeds (so that a delete may be repeated). ``StoreFull`` is raised for no space
-and ``StoreUnavailable`` for a store that cannot be reached; any other failure is a ``StoreError``.
+or hashes, never what a user typed. A data object's key is not used again after its delete.
+
+Missing things: ``get_record`` returns ``None``; everything else raises ``ObjectMissing``, except that deleting what is
+not there succeeds (so that a delete may be repeated). ``StoreFull`` is raised for no space and ``StoreUnavailable`` for
+a store that cannot be reached; any other failure is a ``StoreError``.
 
 Retries: every call may be repeated after a ``StoreError``, with three exceptions. ``put_record`` and ``delete_record``
 may have taken effect although they raised: read the record before deciding. ``create_data`` may have left the empty
@@ -100,11 +102,11 @@ class DataObject(ABC):
 
     @abstractmethod
     def next_data(self, offset: int) -> int | None:
-        """The first offset at or after ``offset`` that may hold something else than a hole, ``None`` if there is none."""
+        """The first offset at or after ``offset`` that may hold more than a hole, ``None`` if there is none."""
 
     @abstractmethod
     def next_hole(self, offset: int) -> int:
-        """The first offset at or after ``offset`` that lies in a hole; all from the end of the object on counts as one."""
+        """The first offset at or after ``offset`` that lies in a hole; from the object's end on, all is one."""
 
     def fileno(self) -> int | None:
         """A file descriptor that means the same object, for the engine to use directly, or ``None``."""

@@ -11,9 +11,9 @@
         if not blocker.crashed:
             break                                   # the work has fewer calls than that
 
-What it keeps, in memory, is what a disk's cache may still lose: of each data object the sectors as they were at its last
-flush. Immutable objects and records are durable when they return, so power loss does not touch them. Every call runs
-under one lock per wrapper: the order of calls is the order of numbers, and the undo log is exact.
+What it keeps, in memory, is what a disk's cache may still lose: the sectors of each data object as they were at the
+last flush. Immutable objects and records are durable when they return, so power loss does not touch them. Every call
+runs under one lock per wrapper: the order of calls is the order of numbers, and the undo log is exact.
 """
 
 import enum
@@ -73,7 +73,7 @@ class _Unsynced:
 
 
 class FaultBlocker(Blocker):
-    """``inner`` with faults. ``inner`` itself stays usable, and is what a process started after the crash would open."""
+    """``inner`` with faults. ``inner`` itself stays usable: it is what a process started after the crash would open."""
 
     def __init__(self, inner: Blocker, plan: FaultPlan | None = None) -> None:
         self._inner = inner

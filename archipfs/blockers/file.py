@@ -138,7 +138,7 @@ _ERRORS: dict[int, tuple[type[ArchipError], str]] = {
     errno.EMFILE: (StoreError, "raise the limit of open files"),
     errno.EIO: (StoreError, "look into the kernel log for a failing disk"),
     errno.EBADF: (StoreError, "it was closed, or opened for reading only"),
-} | {number: (StoreUnavailable, "check that the store's file server answers") for number in _UNREACHABLE}
+} | dict.fromkeys(_UNREACHABLE, (StoreUnavailable, "check that the store's file server answers"))
 
 
 def store_error(error: OSError, doing: str) -> ArchipError:
@@ -224,6 +224,9 @@ class FileDataObject(DataObject):
 
     def flush(self) -> None:
         with _errors_as(f"syncing {self._path}"):
+            if self._fd < 0:
+                # Python refuses -1 here by a ValueError, before the kernel says EBADF as it does elsewhere.
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             os.fdatasync(self._fd)
 
     def size(self) -> int:
@@ -281,15 +284,15 @@ class FileBlocker(Blocker):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(path)
-        self._made: set[str] = set()
+        # Not the areas themselves: below a mount point whose file system is gone nothing may be made.
+        self._made = {f"{self._root}/{area}" for area in _AREAS}
         self._data_bytes_max = 0
         try:
             # Held open so that the file system cannot be unmounted under us, which would look like an empty store.
             self._root_fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise StoreUnavailable(
-                f"store {self._root}: {os.strerror(error.errno or errno.EIO)}; mount its file system, or correct the path"
-            ) from error
+            why = os.strerror(error.errno or errno.EIO)
+            raise StoreUnavailable(f"store {self._root}: {why}; mount its file system, or correct the path") from error
         try:
             for area in _AREAS:
                 if not os.path.isdir(f"{self._root}/{area}"):
@@ -397,8 +400,7 @@ class FileBlocker(Blocker):
         if directory in self._made:
             return
         parent = os.path.dirname(directory)
-        if len(parent) > len(self._root):
-            self._ensure_directory(parent)
+        self._ensure_directory(parent)
         with suppress(FileExistsError):
             os.mkdir(directory)
         _sync_directory(parent)
@@ -514,8 +516,10 @@ class FileBlocker(Blocker):
 
     @property
     def data_bytes_max(self) -> int:
-        """Found once by trying on an empty file, for no call tells: 16 TiB less a block on ext4, 64 TiB (our own bound) on
-        XFS."""
+        """As the contract says. Found once by trying on an empty file, for no call tells.
+
+        16 TiB less a block on ext4, 64 TiB (our own bound) on XFS.
+        """
         if self._data_bytes_max == 0:
             path = self._tmp_path()
             with _errors_as(f"trying out store {self._root}"):

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Up to ``attempts`` calls; pauses double from ``delay_s`` to ``delay_max_s``; none begins after ``time_limit_s``."""
+    """Up to ``attempts`` calls. Pauses double from ``delay_s`` to ``delay_max_s``; none ends after ``time_limit_s``."""
 
     attempts: int = 8
     delay_s: float = 0.05

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 import structlog
 
+from archipfs.blockers.contract import Space
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.volume import Frozen, OpenVolume
 from archipfs.errors import (
@@ -129,6 +130,10 @@ class Composer:
             return data.allocated()
         finally:
             data.close()
+
+    def space(self) -> Space:
+        """Room where volumes are made when no backend is named."""
+        return self.mapper().blocker.space()
 
     def is_open(self, volume: VolumeId) -> bool:
         opened = self._table.volumes.get(volume)
@@ -253,9 +258,7 @@ class Composer:
 
     # Making
 
-    def create(
-        self, name: str, size: int, *, backend: str | None = None, attributes: Attributes | None = None
-    ) -> Made:
+    def create(self, name: str, size: int, *, backend: str | None = None, attributes: Attributes | None = None) -> Made:
         """An empty volume. ``size`` 0 is what a file just created has; commands refuse it."""
         started = time.perf_counter()
         self._refuse_taken(name)
@@ -285,9 +288,7 @@ class Composer:
                     ).record
         return self._made("snapshot", made, started)
 
-    def clone(
-        self, name: str, clone: str, *, size: int | None = None, attributes: Attributes | None = None
-    ) -> Made:
+    def clone(self, name: str, clone: str, *, size: int | None = None, attributes: Attributes | None = None) -> Made:
         """A writable volume that begins as a copy of a snapshot, or of a volume as it is now."""
         started = time.perf_counter()
         found = self.find(name)
@@ -328,9 +329,8 @@ class Composer:
             if displaced is not None:
                 self._lost_name(opened[displaced.id], displaced)
 
-    def resize(self, name: str, size: int) -> VolumeRecord:
+    def resize(self, found: Found, size: int) -> VolumeRecord:
         """Data beyond a smaller size is lost, for good and by intention."""
-        found = self.find(name)
         if size:
             found.mapper.check_fits(size)
         with self._owning(found) as opened:
@@ -497,7 +497,9 @@ class Composer:
 
     def _refuse_empty(self, opened: OpenVolume) -> None:
         if opened.size == 0:
-            raise InvalidInput(f"{opened.name} has no size yet, there is nothing to take a snapshot of; resize it first")
+            raise InvalidInput(
+                f"{opened.name} has no size yet, there is nothing to take a snapshot of; resize it first"
+            )
 
     def _refuse_held(self, found: Found, doing: str) -> None:
         lock = found.mapper.locks.holder(found.record.id)

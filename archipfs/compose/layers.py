@@ -56,7 +56,7 @@ def open_live_chain(
 ) -> list[EngineLayer]:
     """Open the layers of a writable volume, head first."""
     with ExitStack() as opened:
-        layers = []
+        layers: list[EngineLayer] = []
         for record in chain:
             is_head = not layers
             limit = min(visible, record.parent_visible) if is_head else record.parent_visible

@@ -96,27 +96,27 @@ class OpenVolume:
 
         When that fails, the live bitmap and the lock stay as a crash would leave them, for the next to open it.
         """
-        engine, lease, record = self._engine, self._lease, self.record
-        self._engine, self._lease, self._record = None, None, None
-        if engine is None or lease is None:
-            if engine is not None:
+        engine, lease = self._engine, self._lease
+        try:
+            if engine is not None and lease is not None and self.record.name is not None:
+                self._stop_writing(engine, lease)
+            elif engine is not None:
                 engine.close(clean=False)
-            if record.name is None:
-                self.mapper.purge(record)
-            return
+            if self.record.name is None:
+                self.mapper.purge(self.record)
+                self._live.forget(self.record.layer)
+        finally:
+            self._engine, self._lease, self._record = None, None, None
+
+    def _stop_writing(self, engine: EngineVolume, lease: LockRecord) -> None:
         clean = False
         try:
-            if record.name is not None:
-                self._flush(engine, lease)
-                self._commit(record, engine.size)
-                clean = True
+            self._flush(engine, lease)
+            self._commit(self.record, engine.size)
+            clean = True
         finally:
             engine.close(clean=clean)
-        if record.name is None:
-            self.mapper.purge(record)
-            self._live.forget(record.layer)
-        else:
-            self.mapper.locks.give_back(self.id, Hold.IO, called=record.name)
+        self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
 
     def abandon(self) -> None:
         """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
@@ -269,9 +269,7 @@ class OpenVolume:
                 layer.close()
 
     def _open_head(self, lease: LockRecord, head: LayerRecord) -> EngineLayer:
-        return open_live_layer(
-            self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True
-        )
+        return open_live_layer(self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True)
 
     def _owned_lease(self) -> LockRecord:
         assert self._lease is not None, "an engine of a writable volume is open only under its lock"
@@ -295,6 +293,4 @@ class OpenVolume:
             self._change(size=size, mtime_ns=mtime_ns)
 
     def _change(self, **fields: object) -> None:
-        self._record = self.mapper.change(
-            self.id, lambda record: msgspec.structs.replace(record, **fields)
-        ).record
+        self._record = self.mapper.change(self.id, lambda record: msgspec.structs.replace(record, **fields)).record

@@ -11,7 +11,7 @@ from archipfs import errors
 from archipfs.config import Config
 from archipfs.daemon import commands
 from archipfs.daemon.control import SOCKET_NAME
-from archipfs.daemon.node import create_default_backend, exclusive, open_node
+from archipfs.daemon.node import Node, create_default_backend, exclusive, open_node
 from archipfs.errors import ArchipError, DaemonError
 
 
@@ -44,7 +44,7 @@ class DaemonClient:
 
 
 class _NodeClient:
-    def __init__(self, node: commands.Node) -> None:
+    def __init__(self, node: Node) -> None:
         self._node = node
 
     def call(self, command: str, **arguments: Any) -> Any:

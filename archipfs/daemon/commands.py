@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from archipfs.compose.composer import Found, Made
+from archipfs.compose.composer import Made
+from archipfs.compose.describe import describe, describe_lock, summary
 from archipfs.daemon.node import Node
 from archipfs.errors import DaemonError
 from archipfs.map.check import check_backend
 from archipfs.map.mapper import Attributes, Mapper
-from archipfs.map.records import LockRecord, VolumeRecord
 
 Answer = Mapping[str, Any]
 
@@ -36,11 +36,11 @@ def volume_list(node: Node) -> list[Answer]:
     """Every volume, by name. Cheap: what takes a look at the bytes is in ``volume_info``."""
     found = sorted(node.composer.volumes(), key=lambda each: str(each.record.name))
     names = {each.record.id: each.record.name for each in found}
-    return [_summary(each, names.get(each.record.origin) if each.record.origin else None) for each in found]
+    return [summary(each, names.get(each.record.origin) if each.record.origin else None) for each in found]
 
 
 def volume_info(node: Node, name: str) -> Answer:
-    return describe(node, node.composer.find(name))
+    return describe(node.composer, node.composer.find(name))
 
 
 def volume_create(
@@ -64,7 +64,7 @@ def volume_rename(node: Node, name: str, new_name: str) -> Answer:
 
 
 def volume_resize(node: Node, name: str, size: int) -> Answer:
-    record = node.composer.resize(name, size)
+    record = node.composer.resize(node.composer.find(name), size)
     node.changed(record.id)
     return {"name": name, "size": record.size}
 
@@ -81,7 +81,7 @@ def volume_remove(node: Node, name: str) -> Answer:
 
 
 def volume_lock(node: Node, name: str) -> Answer:
-    return _lock(node.composer.lock(name))
+    return describe_lock(node.composer.lock(name))
 
 
 def volume_unlock(node: Node, name: str, force: bool = False) -> Answer:
@@ -90,7 +90,7 @@ def volume_unlock(node: Node, name: str, force: bool = False) -> Answer:
 
 
 def volume_open(node: Node, name: str) -> Answer:
-    return _lock(node.composer.hold_open(name))
+    return describe_lock(node.composer.hold_open(name))
 
 
 def volume_close(node: Node, name: str) -> Answer:
@@ -137,42 +137,6 @@ def status(node: Node) -> Answer:
 # Answers
 
 
-def describe(node: Node, found: Found) -> Answer:
-    """All there is to say of a volume."""
-    record = found.record
-    composer = node.composer
-    origin = None
-    if record.origin is not None:
-        source = found.mapper.catalog.get(VolumeRecord, record.origin)
-        origin = source.record.name if source is not None else None
-    lock = composer.lock_of(found)
-    return {
-        **_summary(found, origin),
-        "written": composer.stored_bytes(found),
-        "layers": sum(1 for _ in found.mapper.catalog.chain(record.layer)),
-        "layer": record.layer,
-        "lock": _lock(lock) if lock is not None else None,
-        "state": "open" if composer.is_open(record.id) else "closed",
-        "mode": f"{record.mode & 0o7777:04o}",
-        "uid": record.uid,
-        "gid": record.gid,
-        "modified": record.mtime_ns / 1e9,
-    }
-
-
-def _summary(found: Found, origin: str | None) -> dict[str, Any]:
-    record = found.record
-    return {
-        "name": record.name,
-        "kind": record.kind.value,
-        "size": record.size,
-        "backend": found.mapper.backend,
-        "parent": origin,
-        "created": record.created_ns / 1e9,
-        "uuid": record.id,
-    }
-
-
 def _made(made: Made) -> Answer:
     record = made.record
     return {
@@ -181,16 +145,6 @@ def _made(made: Made) -> Answer:
         "size": record.size,
         "uuid": record.id,
         "seconds": made.seconds,
-    }
-
-
-def _lock(lock: LockRecord) -> Answer:
-    return {
-        "host": lock.host,
-        "node": lock.node,
-        "since": lock.since_ns / 1e9,
-        "generation": lock.generation,
-        "holds": [hold.value for hold in lock.holds],
     }
 
 

@@ -38,7 +38,11 @@ async def listen(run_dir: Path) -> trio.SocketListener:
 
 async def serve(node: Node, listener: trio.SocketListener) -> None:
     """Answer clients until cancelled."""
-    await trio.serve_listeners(lambda stream: _serve_client(node, stream), [listener])
+
+    async def serve_client(stream: trio.SocketStream) -> None:
+        await _serve_client(node, stream)
+
+    await trio.serve_listeners(serve_client, [listener])
 
 
 async def _serve_client(node: Node, stream: trio.SocketStream) -> None:

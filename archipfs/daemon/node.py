@@ -46,10 +46,16 @@ class Node:
 
 
 @contextmanager
-def exclusive(config: Config, *, holder: Mapping[str, Any], wait_seconds: float = LOCK_WAIT_SECONDS) -> Iterator[None]:
+def exclusive(
+    config: Config,
+    *,
+    holder: Mapping[str, Any],
+    wait_seconds: float = LOCK_WAIT_SECONDS,
+    wait_for_daemon: bool = False,
+) -> Iterator[None]:
     """Be the only process of this node. ``holder`` describes us to those who come second.
 
-    Raises ``Busy``, naming the process that is the node, at once if that is a daemon.
+    Raises ``Busy``, naming the process that is the node: at once if that is a daemon, unless we are to wait for it.
     """
     make_directory(config.run_dir)
     path = config.run_dir / "node.lock"
@@ -62,7 +68,7 @@ def exclusive(config: Config, *, holder: Mapping[str, Any], wait_seconds: float 
                 break
             except BlockingIOError:
                 other = _read_holder(path)
-                if other.get("mountpoint") or time.monotonic() > deadline:
+                if (other.get("mountpoint") and not wait_for_daemon) or time.monotonic() > deadline:
                     at = f", mounted at {other['mountpoint']}" if other.get("mountpoint") else ""
                     raise Busy(
                         f"{config.run_dir} is used by process {other.get('pid', 'unknown')}{at}; "
@@ -144,7 +150,9 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot make {path}: {error.strerror}; be root, or use --root with a place of your own") from error
+        raise StoreError(
+            f"cannot make {path}: {error.strerror}; be root, or use --root with a place of your own"
+        ) from error
 
 
 def _node_id(state_dir: Path) -> str:

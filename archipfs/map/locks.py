@@ -50,8 +50,9 @@ class Locks:
             if current.node is not None and hold in current.holds:
                 return current
             since_ns = current.since_ns if current.node is not None else time.time_ns()
-            taken = LockRecord(volume, current.generation, self._node.id, self._node.host, since_ns,
-                               (*current.holds, hold))
+            taken = LockRecord(
+                volume, current.generation, self._node.id, self._node.host, since_ns, (*current.holds, hold)
+            )
             if self._replace(found, taken):
                 return taken
 

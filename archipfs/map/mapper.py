@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import msgspec
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import AlreadyExists, Conflict, FormatTooNew, NotFound, ObjectMissing, TooLarge
+from archipfs.errors import AlreadyExists, Conflict, NotFound, ObjectMissing, TooLarge
 from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
 from archipfs.map.locks import Locks, Node
 from archipfs.map.names import check_name
 from archipfs.map.reclaim import Reclaimed, delete_layer, reclaim
-from archipfs.map.records import FORMAT_VERSION, Kind, LayerRecord, NameRecord, StoreRecord, VolumeRecord
+from archipfs.map.records import Kind, LayerRecord, NameRecord, StoreRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
@@ -174,8 +174,9 @@ class Mapper:
             if found.record.parent is None or found.record.parent_visible <= parent_visible:
                 return
             try:
-                self.catalog.put(msgspec.structs.replace(found.record, parent_visible=parent_visible), layer,
-                                 found.version)
+                self.catalog.put(
+                    msgspec.structs.replace(found.record, parent_visible=parent_visible), layer, found.version
+                )
                 return
             except Conflict:
                 continue
@@ -203,9 +204,7 @@ class Mapper:
         with self.reserve(name) as reservation, self.new_layer(None, 0) as layer:
             return self.publish(reservation, self._fresh(reservation, Kind.VOLUME, size, layer.id, None, attributes))
 
-    def clone(
-        self, source: VolumeRecord, name: str, size: int, attributes: Attributes
-    ) -> Versioned[VolumeRecord]:
+    def clone(self, source: VolumeRecord, name: str, size: int, attributes: Attributes) -> Versioned[VolumeRecord]:
         """A writable volume on top of the layer of the snapshot ``source``, at least as large as it.
 
         Raises as ``create`` does, and ``NotFound`` if the source is removed meanwhile.
@@ -223,9 +222,7 @@ class Mapper:
         record = self._fresh(reservation, Kind.SNAPSHOT, size, layer, source, attributes)
         return self.publish(reservation, record)
 
-    def change(
-        self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]
-    ) -> Versioned[VolumeRecord]:
+    def change(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> Versioned[VolumeRecord]:
         """Replace the volume's record by ``edit(record)``, again if another node was quicker. Raises ``NotFound``."""
         while True:
             found = self.catalog.volume(volume)

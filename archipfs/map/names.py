@@ -27,5 +27,5 @@ def check_name(name: str) -> str:
 
 
 def name_ident(name: str) -> str:
-    """What identifies a name's entry among the records: 128 bits of BLAKE2b, so that a store key is never user input."""
+    """What identifies a name's record: 128 bits of BLAKE2b, so that a store key is never user input."""
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()

@@ -284,20 +284,16 @@ static int64_t seek_call(struct ae_volume *volume, uint64_t offset, bool data) {
     uint64_t size = atomic_load(&volume->size);
     if (offset >= size)
         result = -ENXIO;
-    while (result == 0 && offset < size) {
+    bool hit = false;
+    while (result == 0 && !hit && offset < size) {
         uint64_t end = size - offset > SEEK_WINDOW_BYTES ? offset + SEEK_WINDOW_BYTES : size;
         struct ae_run run;
-        uint64_t found;
         result = ae_run_at(stack->layers, stack->count, offset, end, false, &run);
         if (result == 0)
-            result = seek_in_run(&run, data, &found);
-        if (result < 0)
-            break;
-        offset = found;
-        if (found < run.offset + run.length)
-            break;
+            result = seek_in_run(&run, data, &offset);
+        hit = offset < run.offset + run.length;
     }
-    if (result == 0 && data && offset >= size)
+    if (result == 0 && data && !hit)
         result = -ENXIO;
     ae_call_end(volume, stack, &(struct ae_outcome){0});
     return result < 0 ? result : (int64_t)offset;

@@ -50,6 +50,9 @@ static int layer_map(struct ae_layer *layer, int fd, uint64_t pages) {
     void *mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
     if (mapping == MAP_FAILED)
         return -errno;
+    /* Where the live file lies on a disk, a first touch would read megabytes of its holes ahead. It is only advice. */
+    if (fd >= 0)
+        (void)madvise(mapping, bytes, MADV_RANDOM);
     layer->mapping = mapping;
     layer->mapping_bytes = bytes;
     layer->capacity_pages = pages;
@@ -447,15 +450,21 @@ int64_t ae_layer_count(struct ae_layer *layer) {
 
 /* Data */
 
+/* Said after the data was written: a flush that takes the mark away has the data before it. */
+static void mark_data_dirty(struct ae_layer *layer) {
+    if (!atomic_load(&layer->data_dirty))
+        atomic_store(&layer->data_dirty, true);
+}
+
 int ae_layer_write(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset) {
     int result = layer->data.ops->pwrite(layer->data.ctx, buffer, length, offset);
-    atomic_store(&layer->data_dirty, true);
+    mark_data_dirty(layer);
     return result;
 }
 
 int ae_layer_punch(struct ae_layer *layer, uint64_t offset, uint64_t length) {
     int result = layer->data.ops->punch(layer->data.ctx, offset, length);
-    atomic_store(&layer->data_dirty, true);
+    mark_data_dirty(layer);
     return result;
 }
 

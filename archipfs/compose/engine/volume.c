@@ -95,6 +95,8 @@ static void count_outcome(struct ae_statistics *counts, const struct ae_outcome 
 void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct ae_outcome *outcome) {
     pthread_mutex_lock(&volume->gate);
     count_outcome(&volume->counts, outcome);
+    if (stack == volume->draining && outcome->written_end > volume->draining_size)
+        volume->draining_size = outcome->written_end;
     if (outcome->written_end > atomic_load(&volume->size)) {
         /* Remembered by the present head, even if this call wrote to the one before. */
         atomic_store(&volume->size, outcome->written_end);
@@ -201,10 +203,12 @@ void ae_volume_close(struct ae_volume *volume, bool clean) {
 
 /* Control */
 
-int ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
+int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
     struct ae_stack *old = volume->current;
     if (!volume->writable || !head->head || head == old->layers[0] || atomic_load(&head->frozen))
         return -EINVAL;
+    if (atomic_load(&volume->failed) != 0)
+        return -atomic_load(&volume->failed);
     if (old->count >= AE_LAYERS_MAX)
         return -EMLINK;
     struct ae_stack *fresh = stack_make(head, old->layers, old->count);
@@ -218,10 +222,11 @@ int ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
     ae_layer_remember_size(head, atomic_load(&volume->size));
     volume->current = fresh;
     volume->draining = old;
+    volume->draining_size = atomic_load(&volume->size);
     while (old->calls > 0)
         wait_for_change(volume);
     volume->draining = NULL;
-    uint64_t size = atomic_load(&volume->size);
+    uint64_t size = volume->draining_size;
     atomic_store(&head->parent_visible, visible > size ? visible : size);
     ae_layer_freeze(old->layers[0]);
     bool unused = stack_unhold(old);
@@ -229,7 +234,7 @@ int ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
     pthread_mutex_unlock(&volume->gate);
     if (unused)
         stack_free(old);
-    return 0;
+    return (int64_t)size;
 }
 
 void ae_volume_pause(struct ae_volume *volume) {
@@ -310,13 +315,11 @@ int ae_flush(struct ae_volume *volume) {
     pthread_mutex_lock(&volume->gate);
     volume->counts.flushes += result == 0;
     bool unused = stack_unhold(stack);
-    pthread_mutex_unlock(&volume->gate);
-    if (unused)
-        stack_free(stack);
-    pthread_mutex_lock(&volume->gate);
     if (--volume->inside == 0)
         announce_change(volume);
     pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(stack);
     return result;
 }
 

@@ -21,6 +21,7 @@ struct ae_volume {
     bool paused;
     struct ae_stack *current;
     struct ae_stack *draining; /* a swap waits for its last calls */
+    uint64_t draining_size;    /* of the volume, as far as the calls on that stack made it */
     struct ae_statistics counts;
 
     bool writable;

@@ -1,0 +1,79 @@
+"""The commands on backends."""
+
+import os
+from pathlib import Path
+
+import click
+
+from archipfs.cli.instance import Instance, pass_instance
+from archipfs.cli.output import Column, Report, View, as_size, as_time, report_options, view_options
+from archipfs.config import DEFAULT_BACKEND, BackendConfig
+from archipfs.daemon.client import connect_daemon
+from archipfs.daemon.node import create_backend, exclusive
+
+LISTED = (
+    Column("name"),
+    Column("driver"),
+    Column("place"),
+    Column("total", as_size, right=True),
+    Column("available", as_size, right=True),
+)
+
+DETAILS = (
+    *(Column(column.name, column.look) for column in LISTED),
+    Column("volumes"),
+    Column("snapshots"),
+    Column("logical", as_size),
+    Column("volume_size_max", as_size),
+    Column("hash"),
+    Column("created", as_time),
+    Column("store"),
+)
+
+
+@click.command("backend-list")
+@view_options(LISTED)
+@pass_instance
+def backend_list(instance: Instance, view: View) -> None:
+    """List the backends that are configured."""
+    with instance.connect() as client:
+        view.table(client.call("backend-list"))
+
+
+@click.command("backend-info")
+@click.argument("name", default=DEFAULT_BACKEND)
+@view_options(DETAILS)
+@pass_instance
+def backend_info(instance: Instance, name: str, view: View) -> None:
+    """Show all there is to know of a backend."""
+    with instance.connect() as client:
+        view.item(client.call("backend-info", name=name))
+
+
+@click.command("backend-create")
+@click.argument("name")
+@click.option("--driver", required=True, help="What stores the bytes: file.")
+@click.option("--path", type=click.Path(path_type=Path), help="Driver file: the directory that keeps the store.")
+@report_options
+@pass_instance
+def backend_create(instance: Instance, name: str, driver: str, path: Path | None, report: Report) -> None:
+    """Make a store, or take up one that is there, and configure it as a backend."""
+    config = instance.config()
+    options = {} if path is None else {"path": str(path.absolute())}
+    backend = BackendConfig(name, driver, options)
+    daemon = connect_daemon(config)
+    if daemon is not None:
+        daemon.close()
+        create_backend(config, backend)
+    else:
+        with exclusive(config, holder={"pid": os.getpid()}):
+            config = instance.config()
+            create_backend(config, backend)
+    place = f" in {options['path']}" if options else ""
+    done = f"backend {name} is there already" if name in config.backends else f"created backend {name}"
+    report.done(f"{done}: driver {driver}{place}", {"name": name, "driver": driver, **options})
+    if daemon is not None and name not in config.backends:
+        click.echo(f"archip: the daemon that is running uses backend {name} from the next mount on", err=True)
+
+
+COMMANDS = (backend_list, backend_info, backend_create)

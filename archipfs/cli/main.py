@@ -1,0 +1,159 @@
+"""``archip``: the group of all commands, the global options, and how every error ends as one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage. What a signal or a closed pipe ended has the shell's code for that.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from click.core import ParameterSource
+from click.shell_completion import shell_complete
+
+from archipfs.cli import backends, mounts, volumes
+from archipfs.cli.instance import Instance
+from archipfs.cli.output import printable
+from archipfs.daemon.logs import configure_command_logs
+from archipfs.errors import FAILED_EXIT_CODE, USAGE_EXIT_CODE, ArchipError, InvalidInput, exit_code_of
+
+NAME = "archip"
+COMPLETE_VARIABLE = "_ARCHIP_COMPLETE"
+INTERRUPTED_EXIT_CODE = 130
+CLOSED_PIPE_EXIT_CODE = 141
+
+EPILOG = """\
+\b
+Examples:
+  archip backend-create default --driver file --path /var/lib/archipfs/store
+  archip mount /mnt/archip
+  archip volume-create --name vm1 --size 20G
+  archip volume-snapshot vm1@monday
+  archip volume-clone vm1@monday --name vm2
+  archip volume-rollback vm1@monday
+  archip volume-list -H -p -o name,size
+  archip --root ~/try mount ~/mnt
+
+\b
+`archip volume list` means `archip volume-list`, and so for every command.
+Completion in bash: eval "$(_ARCHIP_COMPLETE=bash_source archip)"; zsh and fish
+likewise, with zsh_source and fish_source.
+"""
+
+
+class Archip(click.Group):
+    """All commands. ``volume list`` finds ``volume-list``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        joined = "-".join(args[:2])
+        if args[0] not in self.commands and joined in self.commands:
+            args = [joined, *args[2:]]
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise InvalidInput(self._no_such_command(args))
+        return super().resolve_command(ctx, args)
+
+    def _no_such_command(self, args: Sequence[str]) -> str:
+        following = sorted(name.removeprefix(args[0] + "-") for name in self.commands if name.startswith(args[0] + "-"))
+        if following:
+            return f"{NAME} {args[0]} needs one of {', '.join(following)} behind it; see {NAME} --help"
+        close = get_close_matches(args[0], self.commands, 1)
+        meant = f"did you mean {close[0]}" if close else f"see {NAME} --help"
+        return f"no such command {args[0]!r}; {meant}"
+
+
+def _version() -> str:
+    try:
+        return version("archipfs")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@click.group(cls=Archip, epilog=EPILOG, no_args_is_help=False)
+@click.option(
+    "--root",
+    envvar="ARCHIPFS_ROOT",
+    type=click.Path(path_type=Path),
+    help="Keep everything under this directory: a private instance. Also by ARCHIPFS_ROOT.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="The configuration; /etc/archipfs/archipfs.toml if not given.",
+)
+@click.version_option(_version(), prog_name=NAME, message="%(prog)s %(version)s")
+@click.pass_context
+def archip(ctx: click.Context, root: Path | None, config_path: Path | None) -> None:
+    """Volumes for virtual machines: constant-time snapshots and clones, over any object store."""
+    if root is not None and config_path is not None:
+        if ctx.get_parameter_source("root") is ParameterSource.COMMANDLINE:
+            raise InvalidInput("--root and --config exclude each other; give one of them")
+        root = None
+    ctx.obj = Instance(root, config_path)
+
+
+for _command in (*volumes.COMMANDS, *backends.COMMANDS, *mounts.COMMANDS):
+    archip.add_command(_command)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    instruction = os.environ.get(COMPLETE_VARIABLE)
+    if instruction:
+        sys.exit(shell_complete(archip, {}, NAME, COMPLETE_VARIABLE, instruction))
+    configure_command_logs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out one command line; the exit code."""
+    try:
+        code = _invoke(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has had enough. The interpreter flushes once more when it ends: let it do that into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE_EXIT_CODE
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED_EXIT_CODE)
+    except ArchipError as error:
+        return _failed(str(error), exit_code_of(error))
+    except click.UsageError as error:
+        return _failed(_usage_line(error), USAGE_EXIT_CODE)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", FAILED_EXIT_CODE)
+    return code
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    try:
+        with archip.make_context(NAME, list(arguments)) as ctx:
+            archip.invoke(ctx)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    return 0
+
+
+def _usage_line(error: click.UsageError) -> str:
+    """Click's complaint as our kind of sentence, with where to read more."""
+    message = " ".join(error.format_message().split()).rstrip(".?")
+    command = error.ctx.command_path if error.ctx is not None else NAME
+    return f"{message[0].lower()}{message[1:]}; see {command} --help"
+
+
+def _failed(message: str, code: int) -> int:
+    click.echo(f"{NAME}: {printable(message)}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

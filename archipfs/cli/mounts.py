@@ -1,0 +1,132 @@
+"""The commands on the mount and on the node as a whole."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from archipfs.cli.instance import Instance, pass_instance
+from archipfs.cli.output import (
+    Column,
+    Report,
+    View,
+    as_duration,
+    as_names,
+    report_options,
+    view_options,
+    working,
+)
+from archipfs.daemon import lifecycle
+from archipfs.daemon.client import DaemonClient, connect_daemon
+from archipfs.errors import InvalidInput
+
+MOUNT_COLUMNS = (
+    Column("mountpoint"),
+    Column("daemon_pid"),
+    Column("supervisor_pid"),
+    Column("front"),
+    Column("backends", as_names),
+    Column("open_volumes", as_names),
+    Column("uptime", as_duration),
+)
+
+FINDING_COLUMNS = (Column("severity"), Column("backend"), Column("which"), Column("what"))
+
+WITHOUT_EFFECT = frozenset(
+    {"rw", "dev", "suid", "exec", "auto", "noauto", "nouser", "async", "noatime", "nofail", "_netdev", "defaults"}
+    | {"default_permissions", "front=off"}
+)
+"""What fstab and mount(8) hand on and does not concern us, and what is so anyway. So is all that begins with ``x-``."""
+
+KNOWN = "root=DIR, config=FILE, allow_other, default_permissions, front=off"
+
+
+def parse_mount_options(instance: Instance, texts: Sequence[str]) -> Instance:
+    """Which instance is to be mounted: the one that root= or config= names, else ``instance``.
+
+    Raises ``InvalidInput`` for an option that is not known or that cannot be had.
+    """
+    places: dict[str, Path] = {}
+    for option in (option.strip() for text in texts for option in text.split(",")):
+        key, _, value = option.partition("=")
+        if key in ("root", "config"):
+            if not value:
+                raise InvalidInput(f"mount option {key} has no value; give {key}=PATH")
+            places[key] = Path(value)
+        elif option == "allow_other":
+            if os.geteuid() != 0:
+                raise InvalidInput("mount option allow_other: only root's mounts are open to others; leave it out")
+        elif option == "front=on":
+            raise InvalidInput("mount option front=on is not in this version; leave it out or give front=off")
+        elif option and option not in WITHOUT_EFFECT and not option.startswith("x-"):
+            raise InvalidInput(f"unknown mount option {option!r}; known are {KNOWN}")
+    if len(places) > 1:
+        raise InvalidInput("mount options root and config exclude each other; give one of them")
+    return Instance(places.get("root"), places.get("config")) if places else instance
+
+
+@click.command("mount")
+@click.argument("mountpoint", metavar="MNT", type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay in the foreground, as a service manager wants it.")
+@click.option("-o", "options", metavar="OPTIONS", multiple=True, help=f"Separated by commas: {KNOWN}.")
+@report_options
+@pass_instance
+def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Sequence[str], report: Report) -> None:
+    """Show every volume as a file under MNT; return when it is ready."""
+    mountpoint = mountpoint.absolute()
+    lifecycle.mount(parse_mount_options(instance, options).config(), mountpoint, foreground=foreground)
+    if not foreground:
+        report.done(f"mounted at {mountpoint}", {"mountpoint": str(mountpoint)})
+
+
+@click.command("umount")
+@click.argument("mountpoint", metavar="[MNT]", required=False, type=click.Path(path_type=Path))
+@report_options
+@pass_instance
+def umount(instance: Instance, mountpoint: Path | None, report: Report) -> None:
+    """Flush everything, give the locks back and end the daemon."""
+    if mountpoint is not None:
+        mountpoint = mountpoint.absolute()
+    with working("flushing"):
+        lifecycle.umount(instance.config(), mountpoint)
+    where = f" {mountpoint}" if mountpoint is not None else ""
+    report.done(f"unmounted{where}", {"mountpoint": str(mountpoint) if mountpoint is not None else None})
+
+
+@click.command("status")
+@view_options(MOUNT_COLUMNS)
+@pass_instance
+def status(instance: Instance, view: View) -> None:
+    """Show each mount: its daemon, its backends and the volumes open on it."""
+    connection = connect_daemon(instance.config())
+    mounts = []
+    if connection is not None:
+        with connection:
+            mounts.append(DaemonClient(connection).call("status"))
+    if mounts or view.as_json or not view.header:
+        view.details(mounts)
+    else:
+        click.echo("nothing is mounted")
+
+
+@click.command("check")
+@view_options(FINDING_COLUMNS)
+@click.pass_context
+@pass_instance
+def check(instance: Instance, ctx: click.Context, view: View) -> None:
+    """Look for damage, and for what a crash left behind; exit 1 if something is damaged.
+
+    What is left behind harms nothing and goes away by itself. Nothing is changed.
+    """
+    with instance.connect() as client, working("checking"):
+        findings = client.call("check")
+    if findings or view.as_json or not view.header:
+        view.table(findings)
+    else:
+        click.echo("no problems found")
+    if any(finding["severity"] == "error" for finding in findings):
+        ctx.exit(1)
+
+
+COMMANDS = (mount, umount, status, check)

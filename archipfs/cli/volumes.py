@@ -1,0 +1,321 @@
+"""The commands on volumes, snapshots and clones."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from archipfs.cli.instance import Instance, pass_instance
+from archipfs.cli.output import Column, Report, View, as_size, as_time, report_options, view_options
+from archipfs.daemon.client import Client
+from archipfs.errors import ArchipError, Busy, InvalidInput, NotFound, ReadOnlyVolume
+from archipfs.units import format_size, parse_size
+
+
+class Size(click.ParamType):
+    """Bytes, as people write them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_size(value)
+
+
+SIZE = Size()
+
+_dry_run = click.option("--dry-run", is_flag=True, help="Say what would happen and change nothing.")
+
+
+def _as_lock(lock: Mapping[str, Any], exact: bool) -> str:
+    holds = ", ".join(lock["holds"])
+    return f"{lock['host']} since {as_time(lock['since'], exact)} ({holds}; generation {lock['generation']})"
+
+
+LISTED = (
+    Column("name"),
+    Column("kind"),
+    Column("size", as_size, right=True),
+    Column("backend"),
+    Column("parent"),
+    Column("created", as_time),
+    Column("uuid", always=False),
+)
+
+DETAILS = (
+    Column("name"),
+    Column("kind"),
+    Column("size", as_size),
+    Column("written", as_size),
+    Column("backend"),
+    Column("parent"),
+    Column("state"),
+    Column("lock", _as_lock),
+    Column("created", as_time),
+    Column("modified", as_time),
+    Column("mode"),
+    Column("uid"),
+    Column("gid"),
+    Column("uuid"),
+    Column("layer"),
+    Column("layers"),
+)
+
+
+@click.command("volume-list")
+@view_options(LISTED)
+@pass_instance
+def volume_list(instance: Instance, view: View) -> None:
+    """List volumes, snapshots and clones."""
+    with instance.connect() as client:
+        view.table(client.call("volume-list"))
+
+
+@click.command("volume-info")
+@click.argument("name")
+@view_options(DETAILS)
+@pass_instance
+def volume_info(instance: Instance, name: str, view: View) -> None:
+    """Show all there is to know of a volume."""
+    with instance.connect() as client:
+        view.item(client.call("volume-info", name=name))
+
+
+@click.command("volume-create")
+@click.option("--name", required=True, help="The new volume's name.")
+@click.option("--size", type=SIZE, required=True, help="Its size, like 20G or 512MiB.")
+@click.option("--backend", help="Where it is to lie; the default backend if not given.")
+@report_options
+@pass_instance
+def volume_create(instance: Instance, name: str, size: int, backend: str | None, report: Report) -> None:
+    """Create an empty volume."""
+    with instance.connect() as client:
+        made = client.call(
+            "volume-create", name=name, size=size, backend=backend, uid=os.geteuid(), gid=os.getegid()
+        )
+    report.done(f"created {name}, {format_size(made['size'])}", made)
+
+
+@click.command("volume-clone")
+@click.argument("source", metavar="NAME")
+@click.option("--name", required=True, help="The clone's name.")
+@click.option("--size", type=SIZE, help="Its size, at least that of NAME, which is the default.")
+@report_options
+@pass_instance
+def volume_clone(instance: Instance, source: str, name: str, size: int | None, report: Report) -> None:
+    """Make a writable copy of a volume or snapshot, in constant time."""
+    with instance.connect() as client:
+        made = client.call("volume-clone", name=source, clone=name, size=size)
+    report.done(f"cloned {source} to {name}, {format_size(made['size'])}", made)
+
+
+@click.command("volume-snapshot")
+@click.argument("source", metavar="NAME")
+@click.option("--name", help="The snapshot's name; NAME@ and the time if not given.")
+@click.option("--size", type=SIZE, help="Its size, at least that of NAME, which is the default.")
+@report_options
+@pass_instance
+def volume_snapshot(instance: Instance, source: str, name: str | None, size: int | None, report: Report) -> None:
+    """Make a read-only copy of a volume, in constant time.
+
+    `volume-snapshot vm1@monday` means `volume-snapshot vm1 --name vm1@monday`, unless there is a volume, not a
+    snapshot, that is itself called vm1@monday.
+    """
+    with instance.connect() as client:
+        if name is None:
+            source, name = _source_and_snapshot(client, source)
+        made = client.call("volume-snapshot", name=source, snapshot=name, size=size)
+    report.done(f"made {name}, a snapshot of {source}, {format_size(made['size'])}", made)
+
+
+def _source_and_snapshot(client: Client, given: str) -> tuple[str, str]:
+    """The volume and the snapshot's name that ``given`` alone stands for."""
+    timed = f"{given}@{time.strftime('%Y%m%d-%H%M%S')}"
+    if "@" not in given:
+        return given, timed
+    with suppress(NotFound):
+        if client.call("volume-info", name=given)["kind"] != "snapshot":
+            return given, timed
+    return _volume_of(given), given
+
+
+def _volume_of(snapshot: str) -> str:
+    """The volume in ``VOLUME@SNAPSHOT``. The snapshot's name is the whole, so a volume's name may have an '@' too."""
+    volume, _, label = snapshot.rpartition("@")
+    if not volume or not label:
+        raise InvalidInput(f"{snapshot!r} does not name a volume and a snapshot of it; give VOLUME@SNAPSHOT")
+    return volume
+
+
+@click.command("volume-rename")
+@click.argument("name")
+@click.argument("new_name", metavar="NEW")
+@report_options
+@pass_instance
+def volume_rename(instance: Instance, name: str, new_name: str, report: Report) -> None:
+    """Give a volume or snapshot another name."""
+    with instance.connect() as client:
+        answer = client.call("volume-rename", name=name, new_name=new_name)
+    report.done(f"renamed {name} to {new_name}", answer)
+
+
+@click.command("volume-resize")
+@click.argument("name")
+@click.option("--size", type=SIZE, required=True, help="The new size, like 20G or 512MiB.")
+@_dry_run
+@report_options
+@pass_instance
+def volume_resize(instance: Instance, name: str, size: int, dry_run: bool, report: Report) -> None:
+    """Grow or shrink a volume.
+
+    What is added reads as zeros. Shrinking below the present size is allowed: what lies beyond the new size is lost,
+    and growing again does not bring it back. Snapshots keep theirs.
+    """
+    with instance.connect() as client:
+        if dry_run:
+            present = _writable(client.call("volume-info", name=name))["size"]
+            sentence = f"would resize {name} from {format_size(present)} to {format_size(size)}"
+            if size < present:
+                sentence += f"; the last {format_size(present - size)} would be lost"
+            report.done(sentence, {"name": name, "size": size, "size_before": present, "dry_run": True})
+            return
+        answer = client.call("volume-resize", name=name, size=size)
+    report.done(f"resized {name} to {format_size(answer['size'])}", answer)
+
+
+@click.command("volume-rollback")
+@click.argument("name")
+@click.argument("snapshot", required=False)
+@_dry_run
+@report_options
+@pass_instance
+def volume_rollback(instance: Instance, name: str, snapshot: str | None, dry_run: bool, report: Report) -> None:
+    """Have a volume read as one of its snapshots does.
+
+    The volume must not be open. What it holds now is kept as another snapshot, which the answer names.
+    `volume-rollback vm1@monday` means `volume-rollback vm1 vm1@monday`.
+    """
+    if snapshot is None:
+        name, snapshot = _volume_of(name), name
+    with instance.connect() as client:
+        if dry_run:
+            volume = _unused(_writable(client.call("volume-info", name=name)), "roll back")
+            source = client.call("volume-info", name=snapshot)
+            if source["kind"] != "snapshot":
+                raise InvalidInput(f"{snapshot} is not a snapshot; see `archip volume-list`")
+            report.done(
+                f"would roll {name} back to {snapshot}, {format_size(source['size'])}, "
+                f"and keep the {format_size(volume['size'])} it holds now as a snapshot",
+                {"name": name, "snapshot": snapshot, "size": source["size"], "dry_run": True},
+            )
+            return
+        answer = client.call("volume-rollback", name=name, snapshot=snapshot)
+    report.done(f"rolled {name} back to {snapshot}; what it held is kept as {answer['kept']}", answer)
+
+
+@click.command("volume-remove")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_dry_run
+@report_options
+@pass_instance
+def volume_remove(instance: Instance, names: Sequence[str], dry_run: bool, report: Report) -> None:
+    """Remove volumes and snapshots; stop at the first that cannot be removed.
+
+    Snapshots and clones that were made from them stay whole.
+    """
+    lines = Report(as_json=False, quiet=report.quiet or report.as_json)
+    done: list[Mapping[str, Any]] = []
+    with instance.connect() as client:
+        try:
+            for name in names:
+                if dry_run:
+                    volume = _unused(client.call("volume-info", name=name), "remove")
+                    done.append({"name": name, "kind": volume["kind"], "size": volume["size"], "dry_run": True})
+                    lines.done(f"would remove {name}, a {volume['kind']} of {format_size(volume['size'])}", done[-1])
+                else:
+                    done.append(client.call("volume-remove", name=name))
+                    lines.done(f"removed {name}", done[-1])
+        except ArchipError as error:
+            if not done or dry_run:
+                raise
+            removed = ", ".join(each["name"] for each in done)
+            raise type(error)(f"{error}; removed before that: {removed}") from error
+        finally:
+            if report.as_json:
+                report.done("", done)
+
+
+def _writable(volume: Mapping[str, Any]) -> Mapping[str, Any]:
+    if volume["kind"] == "snapshot":
+        raise ReadOnlyVolume(f"{volume['name']} is a snapshot and does not change; clone it to write")
+    return volume
+
+
+def _unused(volume: Mapping[str, Any], doing: str) -> Mapping[str, Any]:
+    if volume["state"] == "open":
+        raise Busy(f"{volume['name']} is open; close it before you {doing} it")
+    return volume
+
+
+@click.command("volume-lock")
+@click.argument("name")
+@report_options
+@pass_instance
+def volume_lock(instance: Instance, name: str, report: Report) -> None:
+    """Lock a volume for this node, until `volume-unlock`."""
+    with instance.connect() as client:
+        lock = client.call("volume-lock", name=name)
+    report.done(f"locked {name} for {lock['host']}", {"name": name, **lock})
+
+
+@click.command("volume-unlock")
+@click.argument("name")
+@click.option("-f", "--force", is_flag=True, help="Break the lock of another node, which then writes no more.")
+@report_options
+@pass_instance
+def volume_unlock(instance: Instance, name: str, force: bool, report: Report) -> None:
+    """Give back the lock that `volume-lock` took."""
+    with instance.connect() as client:
+        answer = client.call("volume-unlock", name=name, force=force)
+    report.done(f"unlocked {name}", answer)
+
+
+@click.command("volume-open")
+@click.argument("name")
+@report_options
+@pass_instance
+def volume_open(instance: Instance, name: str, report: Report) -> None:
+    """Open a volume on this node, so that no other can, until `volume-close`."""
+    with instance.connect() as client:
+        lock = client.call("volume-open", name=name)
+    report.done(f"opened {name} on {lock['host']}", {"name": name, **lock})
+
+
+@click.command("volume-close")
+@click.argument("name")
+@report_options
+@pass_instance
+def volume_close(instance: Instance, name: str, report: Report) -> None:
+    """Close a volume that `volume-open` opened."""
+    with instance.connect() as client:
+        answer = client.call("volume-close", name=name)
+    report.done(f"closed {name}", answer)
+
+
+COMMANDS = (
+    volume_list,
+    volume_info,
+    volume_create,
+    volume_clone,
+    volume_snapshot,
+    volume_remove,
+    volume_rename,
+    volume_resize,
+    volume_rollback,
+    volume_open,
+    volume_close,
+    volume_lock,
+    volume_unlock,
+)

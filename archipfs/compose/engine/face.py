@@ -1,0 +1,354 @@
+"""The engine's Python face: layers and volumes as objects, errors as exceptions.
+
+A call of the engine runs without the GIL, so any number of threads may be inside. A handle counts those that are, and
+gives the engine's object back only when the last one has left; to use it after that is an error and never a crash.
+"""
+
+import errno
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from archipfs.blockers.contract import DataObject
+from archipfs.compose._engine import ffi, lib
+from archipfs.compose.engine.objects import attempt, call, close_object, error_of, open_object
+from archipfs.errors import ArchipError, Fenced, InvalidInput, StoreError, TooLarge
+from archipfs.types import SIZE_BYTES_MAX
+
+Buffer = bytes | bytearray | memoryview
+
+_allocate = ffi.new_allocator(should_clear_after_alloc=False)
+
+
+class _Handle:
+    """An object of the engine, and how many threads are in a call with it."""
+
+    def __init__(self, pointer: Any, what: str) -> None:
+        self._pointer = pointer
+        self._what = what
+        self._closed = False
+        self._users = 0
+        self._changed = threading.Condition(threading.Lock())
+
+    def __enter__(self) -> Any:
+        with self._changed:
+            if self._closed:
+                raise ArchipError(f"{self._what} is closed; this is a bug, please report it")
+            self._users += 1
+            return self._pointer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._users -= 1
+            if self._closed and self._users == 0:
+                self._changed.notify_all()
+
+    def close(self, release: Callable[[Any], None], hurry: Callable[[Any], None] | None = None) -> None:
+        """Let nobody in any more, ``hurry`` those inside, and ``release`` the object when they have left."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+        if hurry is not None:
+            hurry(self._pointer)
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0)
+        release(self._pointer)
+        self._pointer = None
+
+
+def _layer_id_bytes(layer_id: str) -> bytes:
+    try:
+        return uuid.UUID(layer_id).bytes
+    except ValueError:
+        raise InvalidInput(f"not a layer or boot id: {layer_id!r}; it takes 32 hexadecimal digits") from None
+
+
+def format_bitmap(bitmap: DataObject, layer_id: str) -> None:
+    """Make a new object the bitmap of an empty layer, durably. It stays open, and the caller's."""
+    made = open_object(bitmap, owned=False)
+    try:
+        call(f"formatting the bitmap of layer {layer_id}", lib.ae_bitmap_format, made[0], _layer_id_bytes(layer_id))
+    finally:
+        close_object(made)
+
+
+def _release(pointer: Any) -> None:
+    attempt(lib.ae_layer_release, pointer)
+
+
+class EngineLayer:
+    """An open layer. It takes over both objects: they are closed with it, also when opening fails.
+
+    A volume goes on using its layers after they were closed here; the last user closes the objects.
+    """
+
+    def __init__(
+        self,
+        layer_id: str,
+        data: DataObject,
+        bitmap: DataObject,
+        *,
+        parent_visible: int,
+        head: bool,
+        live_path: str | None,
+        boot_id: str,
+    ) -> None:
+        """Open it; ``boot_id`` is what a live bitmap must carry to be believed.
+
+        Raises ``ObjectDamaged`` if the bitmap is not this layer's, ``FormatTooNew`` if a later archipfs wrote it.
+        """
+        self.layer_id = layer_id
+        spec = ffi.new("struct ae_layer_spec *")
+        spec.id = _layer_id_bytes(layer_id)
+        spec.boot_id = _layer_id_bytes(boot_id)
+        spec.parent_visible = parent_visible
+        spec.head = head
+        path = ffi.new("char[]", live_path.encode()) if live_path is not None else ffi.NULL
+        spec.live_path = path
+        opened = ffi.new("struct ae_layer **")
+
+        with ExitStack() as unopened:
+            unopened.callback(bitmap.close)
+            unopened.callback(data.close)
+            spec.data = open_object(data, owned=True)[0]
+            unopened.callback(close_object, spec.data)
+            spec.bitmap = open_object(bitmap, owned=True)[0]
+            unopened.pop_all()
+        call(f"opening layer {layer_id}", lib.ae_layer_open, spec, opened)
+        self._handle = _Handle(ffi.gc(opened[0], _release), f"layer {layer_id}")
+
+    @property
+    def live_size(self) -> int:
+        """The volume's size as the live bitmap remembers it, 0 if there was none to believe."""
+        with self._handle as layer:
+            return int(lib.ae_layer_live_size(layer))
+
+    @property
+    def recovered(self) -> bool:
+        """Whether a live bitmap that a crash left behind was taken over."""
+        with self._handle as layer:
+            return bool(lib.ae_layer_recovered(layer))
+
+    @property
+    def dirty(self) -> bool:
+        """Whether it holds anything that a flush has yet to make durable."""
+        with self._handle as layer:
+            return bool(lib.ae_layer_dirty(layer))
+
+    @property
+    def parent_visible(self) -> int:
+        """How many bytes of the parent shine through now."""
+        with self._handle as layer:
+            return int(lib.ae_layer_parent_visible(layer))
+
+    def count_sectors(self) -> int:
+        """How many sectors were written or discarded in this layer; reads its whole bitmap."""
+        with self._handle as layer:
+            return call(f"counting the sectors of layer {self.layer_id}", lib.ae_layer_count, layer)
+
+    def close(self) -> None:
+        """Let go of it. Closing twice is allowed."""
+        self._handle.close(ffi.release)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an engine volume did since it was opened."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    discards: int
+    discarded_bytes: int
+    flushes: int
+    fills: int
+    """First writes to a part of a sector, completed from the parent."""
+    layers: int
+    failed: int
+    """0, or the errno for which it refuses to be written to."""
+
+
+def _abandon(pointer: Any) -> None:
+    attempt(lib.ae_volume_close, pointer, False)
+
+
+class EngineVolume:
+    """The bytes of a volume, out of its layers: the head first, each next one the parent of the one before.
+
+    ``pause``, ``resume``, ``announce_size``, ``resize``, ``swap_head`` and ``close`` are control: the caller sees to it
+    that no two of them run at once. All others may be called from any thread at any time.
+    """
+
+    def __init__(self, layers: Sequence[EngineLayer], size: int, *, writable: bool) -> None:
+        """The layers stay the caller's to close; he may do so at once."""
+        self._head_id = layers[0].layer_id if layers else "none"
+        self._fenced = False
+        opened = ffi.new("struct ae_volume **")
+        entered: list[_Handle] = []
+        try:
+            pointers = ffi.new("struct ae_layer *[]", max(1, len(layers)))
+            for index, layer in enumerate(layers):
+                pointers[index] = layer._handle.__enter__()
+                entered.append(layer._handle)
+            doing = f"opening the volume with head {self._head_id}"
+            call(doing, lib.ae_volume_open, pointers, len(layers), _checked(size), writable, opened)
+        finally:
+            for handle in entered:
+                handle.__exit__(None, None, None)
+        self._handle = _Handle(ffi.gc(opened[0], _abandon), f"the volume with head {self._head_id}")
+
+    # Bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes, fewer only at the end of the volume."""
+        with self._handle as volume:
+            length = min(_checked(length), max(0, lib.ae_volume_size(volume) - _checked(offset)))
+            buffer = _allocate("char[]", length)
+            count = call(f"reading {length} bytes at {offset}", lib.ae_read, volume, buffer, length, offset)
+            return bytes(ffi.buffer(buffer, count))
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> int:
+        """Fill the buffer; returns how many bytes that took, fewer than fit only at the end of the volume."""
+        with self._handle as volume, ffi.from_buffer(buffer, require_writable=True) as target:
+            return call(f"reading at {offset}", lib.ae_read, volume, target, len(target), _checked(offset))
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As ``read``, but ``None`` when it would wait for a disk, a lock or the gate."""
+        with self._handle as volume:
+            length = min(_checked(length), max(0, lib.ae_volume_size(volume) - _checked(offset)))
+            buffer = _allocate("char[]", length)
+            count, raised = attempt(lib.ae_read_nowait, volume, buffer, length, offset)
+            if count == -errno.EAGAIN:
+                return None
+            if count < 0:
+                raise error_of(-count, f"reading {length} bytes at {offset}") from raised
+            return bytes(ffi.buffer(buffer, count))
+
+    def write(self, offset: int, data: Buffer) -> int:
+        """Write all of ``data``; beyond the end the volume becomes larger. Raises ``TooLarge``, ``StoreFull``."""
+        with self._handle as volume, ffi.from_buffer(data) as source:
+            doing = f"writing {len(source)} bytes at {offset}"
+            return self._change(doing, lib.ae_write, volume, source, len(source), _checked(offset))
+
+    def discard(self, offset: int, length: int) -> None:
+        """Have the range read as zeros and give its space back. Clipped to the volume's size."""
+        with self._handle as volume:
+            doing = f"discarding {length} bytes at {offset}"
+            self._change(doing, lib.ae_discard, volume, _checked(offset), _checked(length))
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """Have the range read as zeros. Clipped to the volume's size."""
+        with self._handle as volume:
+            doing = f"zeroing {length} bytes at {offset}"
+            self._change(doing, lib.ae_write_zeros, volume, _checked(offset), _checked(length))
+
+    def seek_data(self, offset: int) -> int | None:
+        """The first data at or after ``offset``; ``None`` if there is none."""
+        return self._seek(lib.ae_seek_data, offset)
+
+    def seek_hole(self, offset: int) -> int | None:
+        """The first hole at or after ``offset``, the end of the volume if no other; ``None`` beyond it."""
+        return self._seek(lib.ae_seek_hole, offset)
+
+    def flush(self) -> None:
+        """All that returned before is durable. When the store fails at it, the volume takes no more writes."""
+        with self._handle as volume:
+            self._change("flushing", lib.ae_flush, volume)
+
+    # Control
+
+    def swap_head(self, layer: EngineLayer) -> int:
+        """Put an empty head on top; writes go there from now on. Returns the size that the old head holds."""
+        with self._handle as volume, layer._handle as head:
+            size = self._change("putting a new head on top", lib.ae_volume_swap_head, volume, head)
+            self._head_id = layer.layer_id
+            return size
+
+    def pause(self) -> None:
+        """Wait for the calls inside, and hold the others until ``resume``."""
+        with self._handle as volume:
+            lib.ae_volume_pause(volume)
+
+    def resume(self) -> None:
+        """Let them in again."""
+        with self._handle as volume:
+            lib.ae_volume_resume(volume)
+
+    def announce_size(self, size: int) -> None:
+        """While paused: have the live bitmap remember ``size``, before a shrink to it is committed."""
+        with self._handle as volume:
+            lib.ae_volume_announce_size(volume, _checked(size))
+
+    def resize(self, size: int) -> None:
+        """While paused: cut or grow."""
+        with self._handle as volume:
+            self._change(f"resizing to {size} bytes", lib.ae_volume_resize, volume, _checked(size))
+
+    def fence(self) -> None:
+        """For good: every later write, discard and flush raises ``Fenced``."""
+        self._fenced = True
+        with self._handle as volume:
+            lib.ae_volume_fence(volume)
+
+    def close(self, *, clean: bool) -> None:
+        """Wait for the calls inside and let go. Closing twice is allowed.
+
+        With ``clean``, after a flush that succeeded, the live bitmaps are removed; else they stay as after a crash.
+        """
+
+        def release(pointer: Any) -> None:
+            ffi.gc(pointer, None)
+            attempt(lib.ae_volume_close, pointer, clean)
+
+        self._handle.close(release, hurry=lib.ae_volume_resume)
+
+    # Looking
+
+    @property
+    def size(self) -> int:
+        """In bytes, with what writes beyond the end added."""
+        with self._handle as volume:
+            return int(lib.ae_volume_size(volume))
+
+    def statistics(self) -> Statistics:
+        """What it did since it was opened."""
+        with self._handle as volume:
+            counts = ffi.new("struct ae_statistics *")
+            lib.ae_volume_statistics(volume, counts)
+            return Statistics(**{name: int(getattr(counts, name)) for name in Statistics.__slots__})
+
+    def _seek(self, function: Callable[..., int], offset: int) -> int | None:
+        with self._handle as volume:
+            found, raised = attempt(function, volume, _checked(offset))
+            if found == -errno.ENXIO:
+                return None
+            if found < 0:
+                raise error_of(-found, f"seeking from {offset}") from raised
+            return found
+
+    def _change(self, doing: str, function: Callable[..., int], *arguments: Any) -> int:
+        try:
+            return call(f"{doing} (head {self._head_id})", function, *arguments)
+        except StoreError as error:
+            if self._fenced:
+                raise Fenced(
+                    f"{doing}: our lock was broken, this process writes no more; open the volume anew"
+                ) from error
+            raise
+
+
+def _checked(number: int) -> int:
+    """An offset, a length or a size that C can take."""
+    if number < 0:
+        raise InvalidInput(f"not an offset or a length: {number}; it must not be negative")
+    if number > SIZE_BYTES_MAX:
+        raise TooLarge(f"{number} bytes are more than a volume can have: {SIZE_BYTES_MAX}")
+    return number

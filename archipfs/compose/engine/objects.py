@@ -1,0 +1,222 @@
+"""Data objects as the engine takes them: by their file descriptor, or called back.
+
+A callback runs on the thread that called the engine. What it raises cannot pass through C: it becomes an errno there,
+and :func:`call` raises it again on the other side.
+"""
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from archipfs.blockers.contract import DataObject
+from archipfs.compose._engine import ffi, lib
+from archipfs.errors import ArchipError, FormatTooNew, ObjectDamaged, StoreError, errno_of, from_errno
+
+log = logging.getLogger(__name__)
+
+
+class _ThreadState(threading.local):
+    """What a thread knows of the engine call it is in."""
+
+    in_call = False
+    raised: BaseException | None = None
+
+
+_state = _ThreadState()
+
+
+class _Adapter:
+    """A data object that the engine calls back. It lives until the engine closes it."""
+
+    def __init__(self, data_object: DataObject, owned: bool) -> None:
+        self.data_object = data_object
+        self.owned = owned
+        self.handle = ffi.new_handle(self)
+
+
+_adapters: set[_Adapter] = set()
+"""Those the engine holds: C keeps a pointer, which the garbage collector does not see."""
+
+
+def open_object(data_object: DataObject, *, owned: bool) -> Any:
+    """A ``struct ae_object`` for it; when it is ``owned``, it is closed as soon as the engine has no more use for it.
+
+    The engine keeps a duplicate of a file descriptor, so an owned object that has one is closed at once.
+    """
+    made = ffi.new("struct ae_object *")
+    descriptor = data_object.fileno()
+    if descriptor is None:
+        adapter = _Adapter(data_object, owned)
+        _adapters.add(adapter)
+        made.ops = _OPERATIONS
+        made.ctx = adapter.handle
+        return made
+    call("opening a data object", lib.ae_object_file, descriptor, made)
+    if owned:
+        data_object.close()
+    return made
+
+
+def close_object(made: Any) -> None:
+    """Close what ``open_object`` returned, if the engine did not take it over."""
+    made.ops.close(made.ctx)
+
+
+def call(doing: str, function: Callable[..., int], *arguments: Any) -> int:
+    """Call the engine. Raises what its result stands for, with what a data object raised meanwhile as the cause."""
+    result, raised = attempt(function, *arguments)
+    if result < 0:
+        raise error_of(-result, doing) from raised
+    return result
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[int, Exception | None]:
+    """Call the engine. Returns its result, and what a data object raised meanwhile.
+
+    Something that is no ``Exception`` (``KeyboardInterrupt``) is raised as it is.
+    """
+    outer = _state.in_call, _state.raised
+    _state.in_call, _state.raised = True, None
+    try:
+        result = function(*arguments)
+        raised = _state.raised
+    finally:
+        _state.in_call, _state.raised = outer
+    if raised is not None and not isinstance(raised, Exception):
+        raise raised
+    return result, raised
+
+
+def error_of(number: int, doing: str) -> ArchipError:
+    """The error for an errno of the engine."""
+    if number == errno.EPROTONOSUPPORT:
+        return FormatTooNew(f"{doing}: the bitmap was written by a later archipfs; use that one")
+    if number == errno.EUCLEAN:
+        return ObjectDamaged(f"{doing}: the bitmap's header is damaged; run archip check")
+    return from_errno(number, doing)
+
+
+def _adapter_of(context: Any) -> _Adapter:
+    adapter: _Adapter = ffi.from_handle(context)
+    return adapter
+
+
+def _run(context: Any, action: Callable[[DataObject], int]) -> int:
+    """Do it, and turn what it raises into an errno. The first error counts, unless a later one is no ``Exception``."""
+    try:
+        return action(_adapter_of(context).data_object)
+    except BaseException as error:
+        if not _state.in_call:
+            log.error("a data object failed", exc_info=True)
+        elif _state.raised is None or (isinstance(_state.raised, Exception) and not isinstance(error, Exception)):
+            _state.raised = error
+        return -errno_of(error)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_pread(context: Any, buffer: Any, length: int, offset: int) -> int:
+    def action(data_object: DataObject) -> int:
+        data = data_object.pread(offset, length)
+        if len(data) != length:
+            raise StoreError(f"a data object gave {len(data)} bytes of {length} at {offset}; this is the driver's bug")
+        ffi.memmove(buffer, data, length)
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_pwrite(context: Any, buffer: Any, length: int, offset: int) -> int:
+    def action(data_object: DataObject) -> int:
+        # A copy, since the driver may keep what it is given and the buffer is gone after the call.
+        data_object.pwrite(offset, bytes(ffi.buffer(buffer, length)))
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_punch(context: Any, offset: int, length: int) -> int:
+    def action(data_object: DataObject) -> int:
+        data_object.punch(offset, length)
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_truncate(context: Any, size: int) -> int:
+    def action(data_object: DataObject) -> int:
+        data_object.truncate(size)
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_flush(context: Any) -> int:
+    def action(data_object: DataObject) -> int:
+        data_object.flush()
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_size(context: Any, size: Any) -> int:
+    def action(data_object: DataObject) -> int:
+        size[0] = data_object.size()
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_next_data(context: Any, offset: int, found: Any) -> int:
+    def action(data_object: DataObject) -> int:
+        at = data_object.next_data(offset)
+        if at is None:
+            return -errno.ENXIO
+        found[0] = at
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_next_hole(context: Any, offset: int, found: Any) -> int:
+    def action(data_object: DataObject) -> int:
+        found[0] = data_object.next_hole(offset)
+        return 0
+
+    return _run(context, action)
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def archipfs_close(context: Any) -> None:
+    def action(data_object: DataObject) -> int:
+        data_object.close()
+        return 0
+
+    adapter = _adapter_of(context)
+    if adapter.owned:
+        _run(context, action)
+    _adapters.discard(adapter)
+
+
+_OPERATIONS = ffi.new(
+    "struct ae_object_ops *",
+    {
+        "pread": lib.archipfs_pread,
+        "pwrite": lib.archipfs_pwrite,
+        "punch": lib.archipfs_punch,
+        "truncate": lib.archipfs_truncate,
+        "flush": lib.archipfs_flush,
+        "size": lib.archipfs_size,
+        "next_data": lib.archipfs_next_data,
+        "next_hole": lib.archipfs_next_hole,
+        "close": lib.archipfs_close,
+    },
+)

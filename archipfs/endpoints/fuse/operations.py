@@ -1,0 +1,400 @@
+"""The pyfuse3 operations over a composer.
+
+Whatever may wait runs in a worker thread. A read that the page cache can answer is answered at once; everything else
+goes to a thread. File handles are inode numbers: all who have a volume open share one ``OpenVolume`` and its count.
+"""
+
+import errno
+import functools
+import os
+import stat
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import msgspec
+import pyfuse3
+import structlog
+import trio
+
+from archipfs.compose.composer import Composer, Found
+from archipfs.compose.volume import OpenVolume
+from archipfs.endpoints.fuse import xattrs
+from archipfs.endpoints.fuse.inodes import ROOT, Inodes, inode_of
+from archipfs.errors import (
+    ArchipError,
+    InvalidInput,
+    InvalidName,
+    LockHeld,
+    NotFound,
+    NotSupported,
+    ReadOnlyVolume,
+    errno_of,
+)
+from archipfs.map.mapper import Attributes
+from archipfs.map.names import check_name
+from archipfs.map.records import VolumeRecord
+from archipfs.types import SECTOR_BYTES
+
+log = structlog.get_logger()
+
+CACHE_SECONDS = 1.0
+"""How long the kernel may believe names and attributes: other nodes change them without telling it."""
+BLOCK_BYTES = 512
+"""The unit of st_blocks, whatever st_blksize says."""
+THREADS_MAX = 64
+LOCK_RETRY_SECONDS_MAX = 1.0
+QUIET = frozenset({errno.ENOENT, errno.ENODATA})
+"""Answers so common that they are not worth a line in the log."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Handler = Callable[Concatenate["VolumeOperations", P], Coroutine[Any, Any, T]]
+
+
+def replies(handler: Handler[P, T]) -> Handler[P, T]:
+    """Turn an error into the errno that the kernel gets, and its sentence into a line of the log.
+
+    What is no error of ours is a bug: the requester gets EIO, the log the traceback, and the mount lives on.
+    """
+
+    @functools.wraps(handler)
+    async def guarded(self: "VolumeOperations", *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except (pyfuse3.FUSEError, trio.Cancelled):
+            raise
+        except (ArchipError, OSError) as error:
+            number = errno_of(error)
+            if number not in QUIET:
+                log.warning("refused", operation=handler.__name__, errno=errno.errorcode.get(number), error=str(error))
+            raise pyfuse3.FUSEError(number) from error
+        except Exception as error:
+            log.exception("bug", operation=handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return cast("Handler[P, T]", guarded)
+
+
+class VolumeOperations(pyfuse3.Operations):
+    enable_writeback_cache = False
+    supports_dot_lookup = True
+
+    def __init__(self, composer: Composer, uid: int, gid: int) -> None:
+        """``uid`` and ``gid`` own the root directory."""
+        super().__init__()
+        self._composer = composer
+        self._owner = (uid, gid)
+        self._inodes = Inodes()
+        self._open: dict[int, list[OpenVolume]] = {}
+        self._listings: dict[int, list[Found]] = {}
+        self._listings_made = 0
+        self._threads = trio.CapacityLimiter(THREADS_MAX)
+        self._root_changed_ns = time.time_ns()
+
+    # Names
+
+    @replies
+    async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if name in (b".", b".."):
+            return self._root_attributes()
+        try:
+            found = await self._run(self._composer.find, _decode(name))
+        except InvalidName as error:
+            raise NotFound(str(error)) from error  # nothing can be called so
+        return await self._entry(found)
+
+    @replies
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, lookups in inode_list:
+            self._inodes.forget(inode, lookups)
+
+    @replies
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        listing = await self._run(lambda: sorted(self._composer.volumes(), key=lambda each: str(each.record.name)))
+        self._listings_made += 1
+        self._listings[self._listings_made] = listing
+        return self._listings_made
+
+    @replies
+    async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        listing = self._listings[handle]
+        for index in range(start_id, len(listing)):
+            found = listing[index]
+            name = str(found.record.name).encode()
+            attributes = await self._run(self._attributes, found)
+            if not pyfuse3.readdir_reply(token, name, attributes, index + 1):
+                return
+            self._inodes.remember(found.record.id)
+
+    @replies
+    async def releasedir(self, handle: int) -> None:
+        del self._listings[handle]
+
+    @replies
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        found = await self._make(name, mode, ctx)
+        handle = await self._open_handle(found)
+        return handle, await self._entry(found)
+
+    @replies
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return await self._entry(await self._make(name, mode, ctx))
+
+    @replies
+    async def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._run(functools.partial(self._composer.remove, _decode(name), even_if_open=True))
+        self._root_changed_ns = time.time_ns()
+
+    @replies
+    async def rename(
+        self,
+        parent_old: int,
+        name_old: bytes,
+        parent_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise InvalidInput(f"cannot exchange {name_old!r} and {name_new!r}; rename them one after the other")
+        replace = not flags & pyfuse3.RENAME_NOREPLACE
+        rename = functools.partial(self._composer.rename, replace=replace)
+        await self._run(rename, _decode(name_old), check_name(_decode(name_new)))
+        self._root_changed_ns = time.time_ns()
+
+    @replies
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EPERM)  # volumes lie in one flat namespace
+
+    @replies
+    async def rmdir(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._run(self._composer.find, _decode(name))
+        raise pyfuse3.FUSEError(errno.ENOTDIR)
+
+    @replies
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    @replies
+    async def link(self, inode: int, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    # Attributes
+
+    @replies
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if inode == ROOT:
+            return self._root_attributes()
+        return await self._run(lambda: self._attributes(self._found(inode)))
+
+    @replies
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        handle: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        if inode == ROOT:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        found = await self._run(self._found, inode)
+        if fields.update_size:
+            await self._run(self._composer.resize, found, attr.st_size)
+        changes: dict[str, int] = {}
+        if fields.update_mode:
+            changes["mode"] = stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            changes["uid"] = attr.st_uid
+        if fields.update_gid:
+            changes["gid"] = attr.st_gid
+        if fields.update_atime:
+            changes["atime_ns"] = attr.st_atime_ns
+        if fields.update_mtime:
+            changes["mtime_ns"] = attr.st_mtime_ns
+        if changes:
+            changes["ctime_ns"] = time.time_ns()
+
+            def changed(record: VolumeRecord) -> VolumeRecord:
+                return msgspec.structs.replace(record, **changes)
+
+            await self._run(self._composer.set_attributes, found.record.id, changed)
+        return await self._run(lambda: self._attributes(self._found(inode)))
+
+    @replies
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        space = await self._run(self._composer.space)
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = SECTOR_BYTES
+        answer.f_blocks = space.total_bytes // SECTOR_BYTES
+        answer.f_bfree = space.free_bytes // SECTOR_BYTES
+        answer.f_bavail = space.available_bytes // SECTOR_BYTES
+        answer.f_namemax = 255
+        return answer
+
+    @replies
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        # The kernel asks for security.capability before each write: answer that without a detour.
+        if inode == ROOT or not name.startswith(xattrs.USER_PREFIX.encode()):
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        value = await self._run(lambda: xattrs.get(self._composer, self._found(inode), _decode(name)))
+        if value is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return value
+
+    @replies
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if inode == ROOT:
+            raise NotSupported("the mount's root keeps no attributes; set them on a volume")
+        await self._run(lambda: xattrs.set_(self._composer, self._found(inode), _decode(name), bytes(value)))
+        if xattrs.is_ours(_decode(name)):
+            self._root_changed_ns = time.time_ns()
+            await self.invalidate(inode)
+
+    @replies
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        if inode == ROOT:
+            return []
+        found = await self._run(self._found, inode)
+        return [name.encode() for name in found.record.xattrs]
+
+    @replies
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if inode == ROOT or not await self._run(
+            lambda: xattrs.remove(self._composer, self._found(inode), _decode(name))
+        ):
+            raise pyfuse3.FUSEError(errno.ENODATA)
+
+    # Bytes
+
+    @replies
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        found = await self._run(self._found, inode)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if writes and not found.record.writable:
+            raise ReadOnlyVolume(f"{found.record.name} is a snapshot and does not change; clone it to write")
+        if flags & os.O_TRUNC:
+            await self._run(self._composer.resize, found, 0)
+        return await self._open_handle(found)
+
+    @replies
+    async def read(self, handle: int, offset: int, size: int) -> bytes:
+        volume = self._volume(handle)
+        data = volume.read_nowait(offset, size)
+        return data if data is not None else await self._run(volume.read, offset, size)
+
+    @replies
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        volume = self._volume(handle)
+        pause_seconds = 0.05
+        while True:
+            try:
+                return await self._run(volume.write, offset, data)
+            except LockHeld:
+                # Another node has the lock: a write waits until it is given back.
+                await trio.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, LOCK_RETRY_SECONDS_MAX)
+
+    @replies
+    async def fsync(self, handle: int, datasync: bool) -> None:
+        await self._run(self._volume(handle).flush)
+
+    @replies
+    async def flush(self, handle: int) -> None:
+        """close(2) makes nothing durable, as on any file system; writes are with the store already."""
+
+    @replies
+    async def release(self, handle: int) -> None:
+        opened = self._open[handle]
+        volume = opened.pop()
+        if not opened:
+            del self._open[handle]
+        await self._run(self._composer.release, volume)
+
+    # For the daemon
+
+    async def invalidate(self, inode: int) -> None:
+        """Have the kernel forget what it caches of the volume: its content changed other than by writing."""
+        with suppress(FileNotFoundError):  # it caches nothing
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode)
+
+    # Helpers
+
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+
+    def _found(self, inode: int) -> Found:
+        volume = self._inodes.volume(inode)
+        if volume is not None:
+            return self._composer.find_by_id(volume)
+        for found in self._composer.volumes():
+            if inode_of(found.record.id) == inode:
+                return found
+        raise NotFound(f"no volume has the inode number {inode}")
+
+    def _volume(self, handle: int) -> OpenVolume:
+        return self._open[handle][-1]
+
+    async def _make(self, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> Found:
+        attributes = Attributes(stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        make = functools.partial(self._composer.create, attributes=attributes)
+        made = await self._run(make, _decode(name), 0)
+        self._root_changed_ns = time.time_ns()
+        return await self._run(self._composer.find_by_id, made.record.id)
+
+    async def _open_handle(self, found: Found) -> pyfuse3.FileInfo:
+        volume = await self._run(self._composer.open, found)
+        handle = inode_of(found.record.id)
+        self._open.setdefault(handle, []).append(volume)
+        # What another node writes must not be answered from our page cache.
+        return pyfuse3.FileInfo(fh=handle, direct_io=not volume.owned)
+
+    async def _entry(self, found: Found) -> pyfuse3.EntryAttributes:
+        attributes = await self._run(self._attributes, found)
+        self._inodes.remember(found.record.id)
+        return attributes
+
+    def _attributes(self, found: Found) -> pyfuse3.EntryAttributes:
+        record = found.record
+        entry = _new_attributes()
+        entry.st_ino = inode_of(record.id)
+        entry.st_mode = stat.S_IFREG | record.mode
+        entry.st_nlink = 1 if record.name is not None else 0
+        entry.st_uid, entry.st_gid = record.uid, record.gid
+        entry.st_size = record.size
+        entry.st_blocks = self._composer.stored_bytes(found) // BLOCK_BYTES
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = record.atime_ns, record.mtime_ns, record.ctime_ns
+        return entry
+
+    def _root_attributes(self) -> pyfuse3.EntryAttributes:
+        entry = _new_attributes()
+        entry.st_ino = ROOT
+        entry.st_mode = stat.S_IFDIR | 0o755
+        entry.st_nlink = 2
+        entry.st_uid, entry.st_gid = self._owner
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._root_changed_ns
+        return entry
+
+
+def _new_attributes() -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_blksize = SECTOR_BYTES
+    entry.entry_timeout = entry.attr_timeout = CACHE_SECONDS
+    return entry
+
+
+def _decode(name: bytes) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidName(f"invalid name {name!r}: not UTF-8; choose another") from error
