@@ -57,7 +57,10 @@ def backend_info(instance: Instance, name: str, view: View) -> None:
 @report_options
 @pass_instance
 def backend_create(instance: Instance, name: str, driver: str, path: Path | None, report: Report) -> None:
-    """Make a store, or take up one that is there, and configure it as a backend."""
+    """Make a store and configure it as a backend.
+
+    A store that is there already is taken up as it is.
+    """
     config = instance.config()
     options = {} if path is None else {"path": str(path.absolute())}
     backend = BackendConfig(name, driver, options)

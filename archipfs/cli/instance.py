@@ -21,7 +21,8 @@ class Instance:
 
     def config(self) -> Config:
         """Raises ``InvalidConfig``."""
-        return load_config(root=self.root, path=self.config_path)
+        path = self.config_path.absolute() if self.config_path is not None else None
+        return load_config(root=self.root, path=path)
 
     @contextmanager
     def connect(self) -> Iterator[Client]:

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage. What a signal or a closed pipe ended has the shell's code for that.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -78,24 +79,27 @@ def _version() -> str:
 @click.option(
     "--root",
     envvar="ARCHIPFS_ROOT",
-    type=click.Path(path_type=Path),
+    metavar="DIR",
     help="Keep everything under this directory: a private instance. Also by ARCHIPFS_ROOT.",
 )
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    metavar="FILE",
     help="The configuration; /etc/archipfs/archipfs.toml if not given.",
 )
 @click.version_option(_version(), prog_name=NAME, message="%(prog)s %(version)s")
 @click.pass_context
-def archip(ctx: click.Context, root: Path | None, config_path: Path | None) -> None:
+def archip(ctx: click.Context, root: str | None, config_path: str | None) -> None:
     """Volumes for virtual machines: constant-time snapshots and clones, over any object store."""
     if root is not None and config_path is not None:
         if ctx.get_parameter_source("root") is ParameterSource.COMMANDLINE:
             raise InvalidInput("--root and --config exclude each other; give one of them")
         root = None
-    ctx.obj = Instance(root, config_path)
+    for option, value in (("--root", root), ("--config", config_path)):
+        if value == "":
+            raise InvalidInput(f"{option} is empty; give a path")
+    ctx.obj = Instance(Path(root) if root else None, Path(config_path) if config_path else None)
 
 
 for _command in (*volumes.COMMANDS, *backends.COMMANDS, *mounts.COMMANDS):
@@ -109,7 +113,8 @@ def main() -> NoReturn:
         sys.exit(shell_complete(archip, {}, NAME, COMPLETE_VARIABLE, instruction))
     configure_command_logs()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -117,10 +122,10 @@ def run(arguments: Sequence[str]) -> int:
     """Carry out one command line; the exit code."""
     try:
         code = _invoke(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read us has had enough. The interpreter flushes once more when it ends: let it do that into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return CLOSED_PIPE_EXIT_CODE
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED_EXIT_CODE)
@@ -129,9 +134,17 @@ def run(arguments: Sequence[str]) -> int:
     except click.UsageError as error:
         return _failed(_usage_line(error), USAGE_EXIT_CODE)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _failed(f"{where}{error.strerror or error}", FAILED_EXIT_CODE)
+        if error.filename is None:
+            _give_up_output()
+        return _failed(f"{error.filename or 'output'}: {error.strerror or error}", FAILED_EXIT_CODE)
     return code
+
+
+def _give_up_output() -> None:
+    """Nobody takes what we print. The interpreter tries again when it ends: let it print that into nothing."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
 
 
 def _invoke(arguments: Sequence[str]) -> int:

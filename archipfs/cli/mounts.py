@@ -73,7 +73,10 @@ def parse_mount_options(instance: Instance, texts: Sequence[str]) -> Instance:
 @report_options
 @pass_instance
 def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Sequence[str], report: Report) -> None:
-    """Show every volume as a file under MNT; return when it is ready."""
+    """Show every volume as a file under MNT.
+
+    Returns when the mount is ready. The first mount of all makes the default backend.
+    """
     mountpoint = mountpoint.absolute()
     lifecycle.mount(parse_mount_options(instance, options).config(), mountpoint, foreground=foreground)
     if not foreground:
@@ -85,7 +88,7 @@ def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Seque
 @report_options
 @pass_instance
 def umount(instance: Instance, mountpoint: Path | None, report: Report) -> None:
-    """Flush everything, give the locks back and end the daemon."""
+    """Flush, give the locks back and end the daemon."""
     if mountpoint is not None:
         mountpoint = mountpoint.absolute()
     with working("flushing"):
@@ -98,7 +101,7 @@ def umount(instance: Instance, mountpoint: Path | None, report: Report) -> None:
 @view_options(MOUNT_COLUMNS)
 @pass_instance
 def status(instance: Instance, view: View) -> None:
-    """Show each mount: its daemon, its backends and the volumes open on it."""
+    """Show each mount: daemon, backends, open volumes."""
     connection = connect_daemon(instance.config())
     mounts = []
     if connection is not None:
@@ -115,9 +118,9 @@ def status(instance: Instance, view: View) -> None:
 @click.pass_context
 @pass_instance
 def check(instance: Instance, ctx: click.Context, view: View) -> None:
-    """Look for damage, and for what a crash left behind; exit 1 if something is damaged.
+    """Look for damage and for what a crash left behind.
 
-    What is left behind harms nothing and goes away by itself. Nothing is changed.
+    Exit code 1 if anything is damaged. What is left behind harms nothing and goes away by itself. Changes nothing.
     """
     with instance.connect() as client, working("checking"):
         findings = client.call("check")

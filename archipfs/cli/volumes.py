@@ -1,5 +1,6 @@
 """The commands on volumes, snapshots and clones."""
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,11 @@ from archipfs.errors import ArchipError, Busy, InvalidInput, NotFound, ReadOnlyV
 from archipfs.units import format_size, parse_size
 
 
-class Size(click.ParamType):
-    """Bytes, as people write them."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_size(value)
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_size(value)
 
 
-SIZE = Size()
-
+_size_option = functools.partial(click.option, "--size", metavar="SIZE", callback=_parse_size)
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would happen and change nothing.")
 
 
@@ -85,7 +80,7 @@ def volume_info(instance: Instance, name: str, view: View) -> None:
 
 @click.command("volume-create")
 @click.option("--name", required=True, help="The new volume's name.")
-@click.option("--size", type=SIZE, required=True, help="Its size, like 20G or 512MiB.")
+@_size_option(required=True, help="Its size, like 20G or 512MiB.")
 @click.option("--backend", help="Where it is to lie; the default backend if not given.")
 @report_options
 @pass_instance
@@ -101,11 +96,13 @@ def volume_create(instance: Instance, name: str, size: int, backend: str | None,
 @click.command("volume-clone")
 @click.argument("source", metavar="NAME")
 @click.option("--name", required=True, help="The clone's name.")
-@click.option("--size", type=SIZE, help="Its size, at least that of NAME, which is the default.")
+@_size_option(help="Its size, at least that of NAME, which is the default.")
 @report_options
 @pass_instance
 def volume_clone(instance: Instance, source: str, name: str, size: int | None, report: Report) -> None:
-    """Make a writable copy of a volume or snapshot, in constant time."""
+    """Make a writable copy of a volume or snapshot.
+
+    It takes constant time, whatever the size."""
     with instance.connect() as client:
         made = client.call("volume-clone", name=source, clone=name, size=size)
     report.done(f"cloned {source} to {name}, {format_size(made['size'])}", made)
@@ -114,11 +111,13 @@ def volume_clone(instance: Instance, source: str, name: str, size: int | None, r
 @click.command("volume-snapshot")
 @click.argument("source", metavar="NAME")
 @click.option("--name", help="The snapshot's name; NAME@ and the time if not given.")
-@click.option("--size", type=SIZE, help="Its size, at least that of NAME, which is the default.")
+@_size_option(help="Its size, at least that of NAME, which is the default.")
 @report_options
 @pass_instance
 def volume_snapshot(instance: Instance, source: str, name: str | None, size: int | None, report: Report) -> None:
-    """Make a read-only copy of a volume, in constant time.
+    """Make a read-only copy of a volume or snapshot.
+
+    It takes constant time, whatever the size.
 
     `volume-snapshot vm1@monday` means `volume-snapshot vm1 --name vm1@monday`, unless there is a volume, not a
     snapshot, that is itself called vm1@monday.
@@ -163,7 +162,7 @@ def volume_rename(instance: Instance, name: str, new_name: str, report: Report) 
 
 @click.command("volume-resize")
 @click.argument("name")
-@click.option("--size", type=SIZE, required=True, help="The new size, like 20G or 512MiB.")
+@_size_option(required=True, help="The new size, like 20G or 512MiB.")
 @_dry_run
 @report_options
 @pass_instance
@@ -221,9 +220,9 @@ def volume_rollback(instance: Instance, name: str, snapshot: str | None, dry_run
 @report_options
 @pass_instance
 def volume_remove(instance: Instance, names: Sequence[str], dry_run: bool, report: Report) -> None:
-    """Remove volumes and snapshots; stop at the first that cannot be removed.
+    """Remove volumes and snapshots.
 
-    Snapshots and clones that were made from them stay whole.
+    Snapshots and clones that were made from them stay whole. Stops at the first that cannot be removed.
     """
     lines = Report(as_json=False, quiet=report.quiet or report.as_json)
     done: list[Mapping[str, Any]] = []
@@ -264,7 +263,9 @@ def _unused(volume: Mapping[str, Any], doing: str) -> Mapping[str, Any]:
 @report_options
 @pass_instance
 def volume_lock(instance: Instance, name: str, report: Report) -> None:
-    """Lock a volume for this node, until `volume-unlock`."""
+    """Lock a volume for this node.
+
+    Nobody else writes to it until `volume-unlock`, whatever becomes of this node."""
     with instance.connect() as client:
         lock = client.call("volume-lock", name=name)
     report.done(f"locked {name} for {lock['host']}", {"name": name, **lock})
@@ -287,7 +288,9 @@ def volume_unlock(instance: Instance, name: str, force: bool, report: Report) ->
 @report_options
 @pass_instance
 def volume_open(instance: Instance, name: str, report: Report) -> None:
-    """Open a volume on this node, so that no other can, until `volume-close`."""
+    """Open a volume on this node.
+
+    No other node can write to it until `volume-close`."""
     with instance.connect() as client:
         lock = client.call("volume-open", name=name)
     report.done(f"opened {name} on {lock['host']}", {"name": name, **lock})

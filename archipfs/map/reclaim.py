@@ -29,7 +29,8 @@ def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], 
     roots = {found.record.layer for _, found in catalog.list(VolumeRecord)}
     layers = {found.record.id: found.record for _, found in catalog.list(LayerRecord)}
     roots |= {layer for layer, record in layers.items() if in_use(record)}
-    garbage = {layer: record for layer, record in layers.items() if layer not in reachable(roots, layers)}
+    used = reachable(roots, layers)
+    garbage = {layer: record for layer, record in layers.items() if layer not in used}
     stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
     return Reclaimed(len(garbage), stored_bytes)
 

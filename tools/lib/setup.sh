@@ -82,5 +82,5 @@ build_project() {
 }
 
 install_project() {
-    once_for project "$(cd "$REPOSITORY" && fingerprint archipfs setup.cfg setup.py pyproject.toml)" build_project
+    once_for project "$(cd "$REPOSITORY" && fingerprint archipfs MANIFEST.in setup.cfg setup.py pyproject.toml)" build_project
 }

@@ -286,7 +286,10 @@ static int64_t seek_call(struct ae_volume *volume, uint64_t offset, bool data) {
         result = -ENXIO;
     bool hit = false;
     while (result == 0 && !hit && offset < size) {
-        uint64_t end = size - offset > SEEK_WINDOW_BYTES ? offset + SEEK_WINDOW_BYTES : size;
+        /* Windows end on a bitmap page's border, so that pages in a hole are passed over and not read. */
+        uint64_t end = (offset / SEEK_WINDOW_BYTES + 1) * SEEK_WINDOW_BYTES;
+        if (end > size)
+            end = size;
         struct ae_run run;
         result = ae_run_at(stack->layers, stack->count, offset, end, false, &run);
         if (result == 0)

@@ -45,6 +45,8 @@ BLOCK_BYTES = 512
 """The unit of st_blocks, whatever st_blksize says."""
 THREADS_MAX = 64
 LOCK_RETRY_SECONDS_MAX = 1.0
+READDIR_ENTRIES = 32
+"""At most so many in one answer; the kernel's page holds about as many."""
 QUIET = frozenset({errno.ENOENT, errno.ENODATA})
 """Answers so common that they are not worth a line in the log."""
 
@@ -120,11 +122,14 @@ class VolumeOperations(pyfuse3.Operations):
     @replies
     async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[handle]
-        for index in range(start_id, len(listing)):
-            found = listing[index]
-            name = str(found.record.name).encode()
-            attributes = await self._run(self._attributes, found)
-            if not pyfuse3.readdir_reply(token, name, attributes, index + 1):
+        for index, dots in enumerate((b".", b"..")):
+            if start_id <= index and not pyfuse3.readdir_reply(token, dots, self._root_attributes(), index + 1):
+                return
+        first = max(0, start_id - 2)
+        entries = listing[first : first + READDIR_ENTRIES]
+        attributes = await self._run(lambda: [self._attributes(found) for found in entries])
+        for index, (found, entry) in enumerate(zip(entries, attributes, strict=True), first):
+            if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, index + 3):
                 return
             self._inodes.remember(found.record.id)
 

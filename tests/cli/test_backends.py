@@ -1,0 +1,133 @@
+"""Commands on backends, the configuration they read, and a store that is not as it should be."""
+
+from pathlib import Path
+
+import pytest
+
+from archipfs.config import load_config
+from archipfs.daemon.node import exclusive, open_node
+from tests.cli.conftest import Cli
+
+
+def test_a_private_instance_makes_its_backend(cli: Cli, root: Path) -> None:
+    rows = cli("backend-list", "--format", "json").json
+    assert [(row["name"], row["driver"]) for row in rows] == [("default", "file")]
+    assert cli("backend-list", "-H", "-o", "name,place").out == f"default\t{root}/state/store\n"
+
+
+def test_create(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "fast"
+    assert cli("backend-create", "fast", "--driver", "file", "--path", "fast").out == (
+        f"created backend fast: driver file in {place}\n"
+    )
+    again = cli("backend-create", "fast", "--driver", "file", "--path", str(place), "--format", "json")
+    assert again.json == {"name": "fast", "driver": "file", "path": str(place)}
+    assert cli("backend-create", "fast", "--driver", "file", "--path", "fast").out.startswith("backend fast is there")
+    assert cli("backend-list", "-H", "-o", "name,place").lines == [f"fast\t{place}"]
+
+
+def test_volumes_lie_where_they_were_wanted(cli: Cli, vm1: str, tmp_path: Path) -> None:
+    cli("backend-create", "fast", "--driver", "file", "--path", str(tmp_path / "fast"))
+    cli("volume-create", "--name", "vm2", "--size", "2G", "--backend", "fast")
+    cli("volume-snapshot", "vm2@monday")
+    assert cli("volume-list", "-H", "-o", "name,backend").lines == ["vm1\tdefault", "vm2\tfast", "vm2@monday\tfast"]
+    info = cli("backend-info", "fast", "--format", "json").json
+    assert (info["volumes"], info["snapshots"], info["logical"]) == (1, 1, 4 << 30)
+    assert cli("backend-info", "-H", "-o", "name,volumes").out == "default\t1\n"
+
+
+def test_create_refused(cli: Cli, tmp_path: Path) -> None:
+    cli("backend-create", "fast", "--driver", "file", "--path", str(tmp_path / "fast"))
+    other = str(tmp_path / "other")
+    cli("backend-create", "fast", "--driver", "file", "--path", other).failed(1, "backend fast is configured already")
+    cli("backend-create", "x", "--driver", "tape", "--path", other).failed(2, "unknown driver 'tape'")
+    cli("backend-create", "x", "--driver", "file").failed(2, "path is missing")
+    cli("backend-create", "a/b", "--driver", "file", "--path", other).failed(2, "invalid name 'a/b'")
+    cli("backend-create", "x", "--path", other).failed(2, "'--driver'")
+    (tmp_path / "plain").write_text("")
+    cli("backend-create", "x", "--driver", "file", "--path", str(tmp_path / "plain")).failed(1, "plain")
+    assert cli("backend-list", "-H", "-o", "name").lines == ["fast"]
+    assert not Path(other).exists()
+
+
+def test_unknown_backend(cli: Cli) -> None:
+    cli("backend-info", "nowhere").failed(1, "no backend is called nowhere")
+
+
+def test_another_configuration(archip: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "archipfs.toml"
+    config.write_text(f'[node]\nstate_dir = "{tmp_path}/state"\nrun_dir = "{tmp_path}/run"\n')
+    archip("--config", str(config), "volume-list").failed(2, "no backend is configured", "backend-create")
+    made = archip("--config", str(config), "backend-create", "b", "--driver", "file", "--path", str(tmp_path / "b"))
+    assert made.code == 0
+    monkeypatch.setenv("ARCHIPFS_ROOT", str(tmp_path / "unused"))
+    assert archip("--config", str(config), "backend-list", "-H", "-o", "name").lines == ["b"]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_root_by_the_environment(archip: Cli, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHIPFS_ROOT", str(root))
+    assert archip("volume-create", "--name", "vm1", "--size", "1G").code == 0
+    monkeypatch.delenv("ARCHIPFS_ROOT")
+    assert archip("--root", str(root), "volume-list", "-H", "-o", "name").lines == ["vm1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mention"),
+    [
+        ("colour = 1", "unknown key colour"),
+        ("[node]\nstatedir = '/x'", "unknown key node.statedir"),
+        ("[node]\nstate_dir = 'x'", "node.state_dir"),
+        ("node = 1", "node is not a table"),
+        ("[backend.b]\npath = '/x'", "backend.b has no driver"),
+        ("[backend.b]\ndriver = 'tape'", "unknown driver 'tape'"),
+        ("[backend.b]\ndriver = 'file'", "path is missing"),
+        ("[backend.b]\ndriver = 'file'\npath = '/x'\ncolour = 1", "unknown option 'colour'"),
+        ("[", "is not TOML"),
+    ],
+)
+def test_configuration_is_wrong(cli: Cli, root: Path, text: str, mention: str) -> None:
+    root.mkdir()
+    (root / "archipfs.toml").write_text(text)
+    cli("volume-list").failed(2, mention)
+
+
+def test_configuration_is_missing(archip: Cli, tmp_path: Path) -> None:
+    archip("--config", str(tmp_path / "none.toml"), "volume-list").failed(2, "none.toml")
+
+
+def test_root_is_a_file(archip: Cli, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    archip("--root", str(tmp_path / "plain"), "volume-list").failed(2, "plain")
+
+
+def _records(root: Path, kind: str) -> list[Path]:
+    """The files of the store that hold records of a kind."""
+    header = f"archipfs-record 1 {kind} ".encode()
+    store = root / "state" / "store"
+    return [path for path in store.rglob("*") if path.is_file() and path.read_bytes().startswith(header)]
+
+
+def test_a_store_of_a_later_version(cli: Cli, vm1: str, root: Path) -> None:
+    for path in _records(root, "store"):
+        path.write_bytes(path.read_bytes().replace(b"archipfs-record 1", b"archipfs-record 2", 1))
+    cli("volume-list").failed(1, "format 2", "upgrade archipfs")
+
+
+def test_a_damaged_record(cli: Cli, vm1: str, root: Path) -> None:
+    for path in _records(root, "volume"):
+        path.write_bytes(path.read_bytes().replace(b'"size":1073741824', b'"size":1073741825', 1))
+    result = cli("volume-info", vm1)
+    result.failed(1, "damaged", "checksum")
+
+
+def test_what_check_finds(cli: Cli, vm1: str, root: Path) -> None:
+    assert cli("check").out == "no problems found\n"
+    config = load_config(root=root)
+    with exclusive(config, holder={}), open_node(config) as node:
+        mapper = node.composer.mapper()
+        mapper.blocker.delete_data(f"layer/{node.composer.find(vm1).record.layer}")
+    found = cli("check", "-H", "-o", "severity,what")
+    assert (found.code, found.lines) == (1, ["error\tits layer object is missing"])
+    assert cli("check", "--format", "json").json[0]["backend"] == "default"

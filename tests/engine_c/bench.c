@@ -1,0 +1,118 @@
+/*
+ * What the engine adds to a read and a write of 4 KiB: random ones on a file in the page cache, raw and through it.
+ *
+ *     bench [DIRECTORY [THREADS]]
+ */
+#include "check.h"
+#include "engine.h"
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SECTOR ((uint64_t)AE_SECTOR_BYTES)
+#define FILE_BYTES (UINT64_C(256) << 20)
+#define OPS 400000
+#define THREADS_MAX 64
+
+_Thread_local uint64_t check_seed;
+
+enum kind { RAW_READ, ENGINE_READ, RAW_WRITE, ENGINE_WRITE, KINDS };
+
+static const char *const names[KINDS] = {"raw pread", "engine read", "raw pwrite", "engine write"};
+
+struct job {
+    enum kind kind;
+    int fd;
+    struct ae_volume *volume;
+    uint64_t seed;
+};
+
+static void *job_run(void *argument) {
+    struct job *job = argument;
+    uint64_t random = random_seed(job->seed);
+    char bytes[AE_SECTOR_BYTES] = {1};
+    for (unsigned i = 0; i < OPS; i++) {
+        uint64_t offset = random_below(&random, FILE_BYTES / SECTOR) * SECTOR;
+        ssize_t done = job->kind == RAW_READ      ? pread(job->fd, bytes, SECTOR, (off_t)offset)
+                       : job->kind == ENGINE_READ ? ae_read(job->volume, bytes, SECTOR, offset)
+                       : job->kind == RAW_WRITE   ? pwrite(job->fd, bytes, SECTOR, (off_t)offset)
+                                                  : ae_write(job->volume, bytes, SECTOR, offset);
+        CHECK_EQUAL(done, SECTOR);
+    }
+    return NULL;
+}
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static double measure(enum kind kind, int fd, struct ae_volume *volume, unsigned threads) {
+    pthread_t thread[THREADS_MAX];
+    struct job job[THREADS_MAX];
+    double start = seconds_now();
+    for (unsigned i = 0; i < threads; i++) {
+        job[i] = (struct job){.kind = kind, .fd = fd, .volume = volume, .seed = i};
+        CHECK(pthread_create(&thread[i], NULL, job_run, &job[i]) == 0);
+    }
+    for (unsigned i = 0; i < threads; i++)
+        CHECK(pthread_join(thread[i], NULL) == 0);
+    return seconds_now() - start;
+}
+
+static int scratch_file(const char *directory) {
+    int fd = open(directory, O_TMPFILE | O_RDWR, 0600);
+    CHECK(fd >= 0);
+    return fd;
+}
+
+int main(int argc, char **argv) {
+    const char *directory = argc > 1 ? argv[1] : "/dev/shm";
+    unsigned threads = argc > 2 ? (unsigned)atoi(argv[2]) : 2;
+    CHECK(threads > 0 && threads <= THREADS_MAX);
+
+    int fd = scratch_file(directory), bitmap_fd = scratch_file(directory);
+    char live_path[64];
+    snprintf(live_path, sizeof live_path, "/dev/shm/engine-bench-%d", getpid());
+    struct ae_layer_spec spec = {.head = true, .live_path = live_path};
+    CHECK_EQUAL(ae_object_file(fd, &spec.data), 0);
+    CHECK_EQUAL(ae_object_file(bitmap_fd, &spec.bitmap), 0);
+    CHECK_EQUAL(ae_bitmap_format(spec.bitmap, spec.id), 0);
+    struct ae_layer *layer;
+    CHECK_EQUAL(ae_layer_open(&spec, &layer), 0);
+    struct ae_volume *volume;
+    CHECK_EQUAL(ae_volume_open(&layer, 1, FILE_BYTES, true, &volume), 0);
+    char *bytes = malloc(1 << 20);
+    CHECK(bytes != NULL);
+    memset(bytes, 'a', 1 << 20);
+    for (uint64_t offset = 0; offset < FILE_BYTES; offset += 1 << 20)
+        CHECK_EQUAL(ae_write(volume, bytes, 1 << 20, offset), 1 << 20);
+
+    for (unsigned count = 1; count <= threads; count *= 2) {
+        double raw_us = 0;
+        for (enum kind kind = 0; kind < KINDS; kind++) {
+            double best = measure(kind, fd, volume, count);
+            for (int again = 0; again < 2; again++) {
+                double seconds = measure(kind, fd, volume, count);
+                best = seconds < best ? seconds : best;
+            }
+            double us = best * 1e6 / OPS;
+            printf("%-13s %2u threads %9.0f ops/s %6.3f us", names[kind], count, OPS * count / best, us);
+            if (kind == ENGINE_READ || kind == ENGINE_WRITE)
+                printf("  (+%.3f us)", us - raw_us);
+            printf("\n");
+            raw_us = us;
+        }
+    }
+    ae_volume_close(volume, true);
+    ae_layer_release(layer);
+    free(bytes);
+    close(fd);
+    close(bitmap_fd);
+    return 0;
+}

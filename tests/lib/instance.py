@@ -1,0 +1,225 @@
+"""Private instances of archipfs for tests: mounted for real, killed, mounted again, and always taken away.
+
+What is left behind when a test ends is looked at as well: the daemon's log must hold no bug, no traceback and no error
+that the test did not declare, and ``archip check`` must find the store without errors.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import archipfs
+from tests.lib.waiting import wait_until
+
+TEMPORARY = Path("/var/tmp")
+"""On a disk: /tmp may be a tmpfs, which has no O_DIRECT and forgets nothing that was not synced."""
+COMMAND_SECONDS = 90.0
+
+_PACKAGE_PARENT = Path(archipfs.__file__).parents[1]
+
+Completed = subprocess.CompletedProcess[str]
+
+
+def mount_type(mountpoint: Path) -> str | None:
+    """The type of the file system on top there, as the kernel says it; ``None`` where nothing is mounted."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split(" ")[4] == str(mountpoint):
+            found = after.split(" ")[0]
+    return found
+
+
+def process_lives(pid: int) -> bool:
+    """Whether the process runs; one that is dead and not reaped yet does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def kill_process(pid: int) -> None:
+    """SIGKILL, and wait until it is gone."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    wait_until(lambda: not process_lives(pid), f"process {pid} is gone")
+
+
+class Instance:
+    """One node in a directory of its own: ``root`` is its --root, ``path`` its mount point."""
+
+    def __init__(self, *, store: Path | None = None) -> None:
+        """``store``: the directory of its default backend, where that is not its own."""
+        self.directory = Path(tempfile.mkdtemp(prefix="archipfs-test-", dir=TEMPORARY))
+        self.root = self.directory / "root"
+        self.path = self.directory / "mnt"
+        self.store = store or self.root / "state" / "store"
+        self.checked_at_end = True
+        """A test that damages its store on purpose says ``False`` here."""
+        self._expected: list[re.Pattern[str]] = []
+        self.root.mkdir()
+        self.path.mkdir()
+        if store is not None:
+            self.archip("backend-create", "default", "--driver", "file", "--path", str(store))
+
+    # The command line
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """``archip --root … ARGUMENT...``, not waited for."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "archipfs.cli.main", "--root", str(self.root), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment(),
+        )
+
+    def archip(self, *arguments: str | Path, check: bool = True, seconds: float = COMMAND_SECONDS) -> Completed:
+        """Run ``archip --root … ARGUMENT...``. With ``check``, fail the test if the command fails."""
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise AssertionError(f"archip {' '.join(map(str, arguments))} did not end in {seconds:.0f} s") from None
+        done = Completed(process.args, process.returncode, out, err)
+        if check:
+            assert done.returncode == 0, f"archip {' '.join(map(str, arguments))}: {done.stderr.strip()}{done.stdout}"
+        return done
+
+    def json(self, *arguments: str) -> Any:
+        """What a command answers with ``--format json``."""
+        return json.loads(self.archip(*arguments, "--format", "json").stdout)
+
+    def refused(self, *arguments: str | Path) -> str:
+        """Run a command that has to fail, with one line on standard error, which is returned."""
+        done = self.archip(*arguments, check=False)
+        assert done.returncode != 0, f"archip {' '.join(map(str, arguments))} was not refused"
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, f"not one line: {done.stderr}"
+        return lines[0]
+
+    # Its life
+
+    def mount(self) -> "Instance":
+        self.archip("mount", self.path)
+        return self
+
+    def umount(self) -> None:
+        self.archip("umount")
+
+    def kill(self) -> None:
+        """SIGKILL the daemon and wait until it is gone. The mount it leaves is stale."""
+        pid = self.daemon_pid()
+        assert pid is not None, "there is no daemon to kill"
+        kill_process(pid)
+
+    def remount(self) -> None:
+        """Mount again, in order if the daemon runs, and with the one command if it was killed."""
+        if self.daemon_pid() is not None:
+            self.umount()
+        self.mount()
+
+    def daemon_pid(self) -> int | None:
+        """The process that is this instance's daemon, by its lock file; ``None`` if it does not run."""
+        try:
+            pid = int(json.loads((self.root / "run" / "node.lock").read_text())["pid"])
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError, KeyError):
+            return None
+        ours = b"archipfs.daemon" in command and str(self.root).encode() in command
+        return pid if ours and process_lives(pid) else None
+
+    # Looking
+
+    def check(self) -> list[Mapping[str, Any]]:
+        """What ``archip check`` finds; fails the test if anything of that is an error."""
+        done = self.archip("check", "--format", "json", check=False)
+        findings: list[Mapping[str, Any]] = json.loads(done.stdout) if done.stdout else []
+        errors = [finding for finding in findings if finding["severity"] == "error"]
+        assert done.returncode == 0, f"archip check: {errors or done.stderr}"
+        assert not errors, f"archip check ended well with errors: {errors}"
+        return findings
+
+    def stored_bytes(self) -> int:
+        """What all data objects take on the disk under the store."""
+        return sum(path.lstat().st_blocks * 512 for path in (self.store / "data").rglob("*") if path.is_file())
+
+    def log_lines(self) -> list[str]:
+        path = self.root / "state" / "daemon.log"
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+    def logged(self, text: str) -> bool:
+        """Whether any line of the log has ``text`` in it."""
+        return any(text in line for line in self.log_lines())
+
+    def expect_log(self, pattern: str) -> None:
+        """Lines that match ``pattern`` may be errors. A bug is never expected."""
+        self._expected.append(re.compile(pattern))
+
+    def log_problems(self) -> list[str]:
+        """Lines of the log that a daemon should not have written in this test."""
+        return [line for line in self.log_lines() if _is_problem(line) and not self._is_expected(line)]
+
+    def _is_expected(self, line: str) -> bool:
+        return '"bug"' not in line and any(pattern.search(line) for pattern in self._expected)
+
+    # The end
+
+    def end(self) -> list[str]:
+        """Unmount, however that can be done, and say what is wrong with what is left. Never raises."""
+        problems = []
+        for step in (self._unmount_in_order, self._unmount_by_force):
+            try:
+                step()
+            except (AssertionError, TimeoutError, OSError, subprocess.SubprocessError) as error:
+                problems.append(f"{step.__name__.strip('_')}: {error}")
+        problems += [f"daemon log: {line[:2000]}" for line in self.log_problems()]
+        if self.checked_at_end:
+            try:
+                self.check()
+            except (AssertionError, OSError, ValueError) as error:
+                problems.append(str(error))
+        return problems
+
+    def remove(self) -> None:
+        """Delete all of it, unless something is still mounted there."""
+        if mount_type(self.path) is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _unmount_in_order(self) -> None:
+        if self.daemon_pid() is not None:
+            self.umount()
+
+    def _unmount_by_force(self) -> None:
+        pid = self.daemon_pid()
+        if pid is not None:
+            kill_process(pid)
+        while mount_type(self.path) is not None:
+            subprocess.run(["umount", "-l", self.path], check=True, capture_output=True, timeout=20)
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ARCHIPFS_")}
+        paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _is_problem(line: str) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return True  # a traceback, or something that went around the log
+    return entry.get("level") in ("error", "critical") or "exception" in entry or entry.get("event") == "bug"
