@@ -22,7 +22,8 @@ def make_instance() -> Iterator[MakeInstance]:
         return made[-1]
 
     yield make
-    problems = [problem for instance in made for problem in instance.end()]
+    problems = [problem for instance in made for problem in instance.take_down()]
+    problems += [problem for instance in made for problem in instance.verdict()]
     for instance in made:
         instance.remove()
     if problems:

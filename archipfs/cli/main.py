@@ -134,14 +134,13 @@ def run(arguments: Sequence[str]) -> int:
     except click.UsageError as error:
         return _failed(_usage_line(error), USAGE_EXIT_CODE)
     except OSError as error:
-        if error.filename is None:
-            _give_up_output()
-        return _failed(f"{error.filename or 'output'}: {error.strerror or error}", FAILED_EXIT_CODE)
+        _give_up_output()  # it may be what could not be written, as on a full disk
+        return _failed(f"{error.filename or 'cannot go on'}: {error.strerror or error}", FAILED_EXIT_CODE)
     return code
 
 
 def _give_up_output() -> None:
-    """Nobody takes what we print. The interpreter tries again when it ends: let it print that into nothing."""
+    """Let what is not printed yet go nowhere, so that the interpreter does not fail on it once more when it ends."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.close(nothing)

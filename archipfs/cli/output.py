@@ -91,7 +91,7 @@ class View:
         columns = self._shown()
         cells = [[column.cell(row, self.exact) for column in columns] for row in rows]
         if not self.header:
-            _print_tabbed(cells)
+            _print_lines(["\t".join(row) for row in cells])
             return
         cells.insert(0, [column.name.upper() for column in columns])
         _print_aligned(cells, [column.right for column in columns])
@@ -211,16 +211,19 @@ def _select(columns: Sequence[Column], wanted: str) -> list[Column]:
     return selected
 
 
-def _print_tabbed(rows: Sequence[Sequence[str]]) -> None:
-    for row in rows:
-        click.echo("\t".join(row))
-
-
 def _print_aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
         padded = []
         for cell, width, to_right in zip(row, widths, right, strict=True):
             padding = " " * (width - cell_len(cell))
             padded.append(padding + cell if to_right else cell + padding)
-        click.echo("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
+    _print_lines(lines)
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    """All at once, because each ``echo`` flushes."""
+    if lines:
+        click.echo("\n".join(lines))

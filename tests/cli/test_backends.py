@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from archipfs.blockers.registry import open_blocker
 from archipfs.config import load_config
 from archipfs.daemon.node import exclusive, open_node
 from tests.cli.conftest import Cli
@@ -102,24 +103,23 @@ def test_root_is_a_file(archip: Cli, tmp_path: Path) -> None:
     archip("--root", str(tmp_path / "plain"), "volume-list").failed(2, "plain")
 
 
-def _records(root: Path, kind: str) -> list[Path]:
-    """The files of the store that hold records of a kind."""
-    header = f"archipfs-record 1 {kind} ".encode()
-    store = root / "state" / "store"
-    return [path for path in store.rglob("*") if path.is_file() and path.read_bytes().startswith(header)]
+def _replace_in_records(root: Path, kind: str, old: bytes, new: bytes) -> None:
+    store = open_blocker("file", {"path": str(root / "state" / "store")})
+    for key, record in list(store.list_records(kind)):
+        assert old in record.value
+        store.put_record(key, record.value.replace(old, new, 1), record.version)
+    store.close()
 
 
 def test_a_store_of_a_later_version(cli: Cli, vm1: str, root: Path) -> None:
-    for path in _records(root, "store"):
-        path.write_bytes(path.read_bytes().replace(b"archipfs-record 1", b"archipfs-record 2", 1))
+    _replace_in_records(root, "store", b"archipfs-record 1", b"archipfs-record 2")
     cli("volume-list").failed(1, "format 2", "upgrade archipfs")
 
 
 def test_a_damaged_record(cli: Cli, vm1: str, root: Path) -> None:
-    for path in _records(root, "volume"):
-        path.write_bytes(path.read_bytes().replace(b'"size":1073741824', b'"size":1073741825', 1))
-    result = cli("volume-info", vm1)
-    result.failed(1, "damaged", "checksum")
+    _replace_in_records(root, "volume", b'"size":1073741824', b'"size":1073741825')
+    cli("volume-info", vm1).failed(1, "damaged", "checksum")
+    cli("volume-remove", vm1).failed(1, "damaged", "checksum")
 
 
 def test_what_check_finds(cli: Cli, vm1: str, root: Path) -> None:

@@ -17,10 +17,28 @@ from tests.cli.conftest import Cli
 
 Process = Callable[..., "subprocess.Popen[str]"]
 
-COMMANDS = """\
-backend-create backend-info backend-list check mount status umount volume-clone volume-close volume-create volume-info
-volume-list volume-lock volume-open volume-remove volume-rename volume-resize volume-rollback volume-snapshot
-volume-unlock""".split()
+COMMANDS = [
+    "backend-create",
+    "backend-info",
+    "backend-list",
+    "check",
+    "mount",
+    "status",
+    "umount",
+    "volume-clone",
+    "volume-close",
+    "volume-create",
+    "volume-info",
+    "volume-list",
+    "volume-lock",
+    "volume-open",
+    "volume-remove",
+    "volume-rename",
+    "volume-resize",
+    "volume-rollback",
+    "volume-snapshot",
+    "volume-unlock",
+]
 
 
 def test_every_command_is_there() -> None:
@@ -126,7 +144,7 @@ def test_nowhere_to_write_to(cli: Cli, process: Process) -> None:
     assert cli("backend-list").code == 0
     with open("/dev/full", "w") as full:
         failed = process("volume-list", stdout=full)
-        assert failed.communicate(timeout=60)[1] == "archip: output: No space left on device\n"
+        assert failed.communicate(timeout=60)[1] == "archip: cannot go on: No space left on device\n"
     assert failed.returncode == 1
 
 
@@ -150,8 +168,8 @@ def test_progress_is_for_terminals(cli: Cli, process: Process) -> None:
 
 
 def test_completion(process: Process) -> None:
-    environment = {**os.environ, "_ARCHIP_COMPLETE": "bash_complete", "COMP_WORDS": "archip volume-r", "COMP_CWORD": "1"}
-    out, err = process(env=environment).communicate(timeout=60)
+    typed = {"COMP_WORDS": "archip volume-r", "COMP_CWORD": "1"}
+    out, err = process(env={**os.environ, "_ARCHIP_COMPLETE": "bash_complete", **typed}).communicate(timeout=60)
     assert [line.partition(",")[2] for line in out.splitlines()] == [
         "volume-remove",
         "volume-rename",

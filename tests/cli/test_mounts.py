@@ -1,6 +1,7 @@
 """``mount``, ``umount`` and ``status`` up to the daemon's door; behind it, tests of the daemon go on."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def test_mount(cli: Cli, root: Path, tmp_path: Path, mounted: list[Any], monkeyp
 
 
 def test_mount_as_fstab_spells_it(archip: Cli, root: Path, mounted: list[Any]) -> None:
-    assert archip("mount", "/mnt", "-o", f"rw,noatime,x-systemd.automount,_netdev,root={root}", "-o", "nofail").code == 0
+    options = f"rw,noatime,x-systemd.automount,_netdev,root={root}"
+    assert archip("mount", "/mnt", "-o", options, "-o", "nofail").code == 0
     assert mounted[0][0].run_dir == root / "run"
 
 
@@ -123,7 +125,7 @@ def test_status_of_a_mount(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         def call(self, command: str) -> Any:
             return {"status": mount}[command]
 
-    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: open(os.devnull))
+    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: nullcontext())
     monkeypatch.setattr("archipfs.cli.mounts.DaemonClient", Daemon)
     assert cli("status").lines == [
         "mountpoint      /mnt/a",

@@ -22,6 +22,7 @@ from tests.lib.waiting import wait_until
 TEMPORARY = Path("/var/tmp")
 """On a disk: /tmp may be a tmpfs, which has no O_DIRECT and forgets nothing that was not synced."""
 COMMAND_SECONDS = 90.0
+TAKE_DOWN_SECONDS = 30.0
 
 _PACKAGE_PARENT = Path(archipfs.__file__).parents[1]
 
@@ -179,15 +180,19 @@ class Instance:
 
     # The end
 
-    def end(self) -> list[str]:
-        """Unmount, however that can be done, and say what is wrong with what is left. Never raises."""
+    def take_down(self) -> list[str]:
+        """Unmount, however that can be done; what went wrong with that. Never raises."""
         problems = []
         for step in (self._unmount_in_order, self._unmount_by_force):
             try:
                 step()
             except (AssertionError, TimeoutError, OSError, subprocess.SubprocessError) as error:
                 problems.append(f"{step.__name__.strip('_')}: {error}")
-        problems += [f"daemon log: {line[:2000]}" for line in self.log_problems()]
+        return problems
+
+    def verdict(self) -> list[str]:
+        """What is wrong with what is left, log and store. Never raises."""
+        problems = [f"daemon log: {line[:3000]}" for line in self.log_problems()]
         if self.checked_at_end:
             try:
                 self.check()
@@ -202,7 +207,7 @@ class Instance:
 
     def _unmount_in_order(self) -> None:
         if self.daemon_pid() is not None:
-            self.umount()
+            self.archip("umount", seconds=TAKE_DOWN_SECONDS)
 
     def _unmount_by_force(self) -> None:
         pid = self.daemon_pid()
