@@ -134,7 +134,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.UsageError as error:
         return _failed(_usage_line(error), USAGE_EXIT_CODE)
     except OSError as error:
-        _give_up_output()  # it may be what could not be written, as on a full disk
+        if error.filename is None:
+            _give_up_output()  # it may be what cannot be written, as on a full disk
         return _failed(f"{error.filename or 'cannot go on'}: {error.strerror or error}", FAILED_EXIT_CODE)
     return code
 
