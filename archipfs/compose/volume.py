@@ -293,4 +293,17 @@ class OpenVolume:
             self._change(size=size, mtime_ns=mtime_ns)
 
     def _change(self, **fields: object) -> None:
-        self._record = self.mapper.change(self.id, lambda record: msgspec.structs.replace(record, **fields)).record
+        """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile."""
+        head = self.record.layer
+
+        def edit(record: VolumeRecord) -> VolumeRecord:
+            if record.layer != head:
+                raise Fenced(f"{self.name} was changed by another node after our lock was broken; we write no more")
+            return msgspec.structs.replace(record, **fields)
+
+        try:
+            self._record = self.mapper.change(self.id, edit).record
+        except Fenced:
+            if self._engine is not None:
+                self._engine.fence()
+            raise

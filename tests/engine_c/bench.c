@@ -18,8 +18,6 @@
 #define OPS 400000
 #define THREADS_MAX 64
 
-_Thread_local uint64_t check_seed;
-
 enum kind { RAW_READ, ENGINE_READ, RAW_WRITE, ENGINE_WRITE, KINDS };
 
 static const char *const names[KINDS] = {"raw pread", "engine read", "raw pwrite", "engine write"};

@@ -15,6 +15,7 @@ void machine_start(struct machine *machine, uint64_t seed) {
     CHECK(pthread_mutex_init(&machine->mutex, NULL) == 0);
     machine->random = random_seed(seed);
     machine->nowait_misses = 30;
+    machine->flush_ns = 0;
 }
 
 void machine_stop(struct machine *machine) { pthread_mutex_destroy(&machine->mutex); }
@@ -194,7 +195,10 @@ static int disk_flush(void *ctx) {
             sector_settle(&disk->sectors[i], true);
         disk->size_safe = disk->size_now;
     }
-    return disk_leave(disk, result);
+    disk_leave(disk, result);
+    if (disk->machine->flush_ns > 0)
+        nanosleep(&(struct timespec){.tv_nsec = disk->machine->flush_ns}, NULL);
+    return result;
 }
 
 static int disk_size(void *ctx, uint64_t *size) {

@@ -16,6 +16,7 @@ struct machine {
     pthread_mutex_t mutex;
     uint64_t random;
     unsigned nowait_misses; /* of 100 reads that must not wait, how many would */
+    long flush_ns;          /* how long a flush goes on after it has done its work */
 };
 
 void machine_start(struct machine *machine, uint64_t seed);

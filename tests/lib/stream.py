@@ -101,7 +101,7 @@ class Stream:
                     which = f"stream {self.ident}, slot {slot}, sector {sector}"
                     least, most = self.last_in(slot, at_least), self.last_in(slot, at_most)
                     assert least <= number <= most, f"{which}: write {number}, not {least} to {most}"
-                    wanted = self.last_in(slot, max(last, least))
+                    wanted = self.last_in(slot, last)
                     assert number == wanted, f"{which}: write {number} instead of {wanted} beside write {last}"
 
     def _slots_by_sector(self) -> list[range]:
