@@ -57,11 +57,13 @@ def load_config(*, root: Path | None = None, path: Path | None = None) -> Config
     else:
         base = Config(path or DEFAULT_PATH, DEFAULT_STATE_DIR, DEFAULT_RUN_DIR)
     try:
-        text = base.path.read_text()
+        text = base.path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if path is not None:
             raise InvalidConfig(f"no configuration file {path}; create it or leave --config out") from None
         return base
+    except UnicodeDecodeError as error:
+        raise InvalidConfig(f"{base.path} is not UTF-8; mend it there") from error
     except OSError as error:
         raise InvalidConfig(f"cannot read configuration {base.path}: {error.strerror}") from error
     try:
@@ -73,13 +75,13 @@ def load_config(*, root: Path | None = None, path: Path | None = None) -> Config
 
 def save_backend(config: Config, backend: BackendConfig) -> Config:
     """Add a backend to the configuration file, durably. What else is in it stays as it is, comments too."""
-    document = tomlkit.parse(config.path.read_text()) if config.path.exists() else tomlkit.document()
+    document = tomlkit.parse(config.path.read_text(encoding="utf-8")) if config.path.exists() else tomlkit.document()
     table = tomlkit.table()
     table.update({"driver": backend.driver, **backend.options})
     document.setdefault("backend", tomlkit.table(is_super_table=True))[backend.name] = table
     config.path.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.path.with_name(f"{config.path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as stream:
+    with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(tomlkit.dumps(document))
         stream.flush()
         os.fsync(stream.fileno())

@@ -6,7 +6,7 @@ from archipfs.errors import InvalidSize
 from archipfs.types import SIZE_BYTES_MAX
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
-_SIZE_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE)
+_SIZE_PATTERN = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -16,7 +16,9 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE_PATTERN.fullmatch(text.strip())
     if match is None:
-        raise InvalidSize(f"not a size: {text!r}; give bytes or a number with K, M, G, T, P or E, like 20G or 512MiB")
+        raise InvalidSize(
+            f"not a size: {text[:40]!r}; give bytes or a number with K, M, G, T, P or E, like 20G or 512MiB"
+        )
     number, unit = match.groups()
     factor = 1024 ** _UNITS.index((unit or "").upper())
     whole, _, fraction = number.partition(".")

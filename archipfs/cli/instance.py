@@ -32,4 +32,3 @@ class Instance:
 
 
 pass_instance = click.make_pass_decorator(Instance)
-

@@ -87,9 +87,7 @@ def volume_info(instance: Instance, name: str, view: View) -> None:
 def volume_create(instance: Instance, name: str, size: int, backend: str | None, report: Report) -> None:
     """Create an empty volume."""
     with instance.connect() as client:
-        made = client.call(
-            "volume-create", name=name, size=size, backend=backend, uid=os.geteuid(), gid=os.getegid()
-        )
+        made = client.call("volume-create", name=name, size=size, backend=backend, uid=os.geteuid(), gid=os.getegid())
     report.done(f"created {name}, {format_size(made['size'])}", made)
 
 

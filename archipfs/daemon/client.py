@@ -11,7 +11,7 @@ from archipfs import errors
 from archipfs.config import Config
 from archipfs.daemon import commands
 from archipfs.daemon.control import SOCKET_NAME
-from archipfs.daemon.node import Node, create_default_backend, exclusive, open_node
+from archipfs.daemon.node import Node, create_default_backend, exclusive, no_backend, open_node
 from archipfs.errors import ArchipError, DaemonError
 
 
@@ -62,6 +62,8 @@ def connect(config: Config, *, make_default_backend: bool = False) -> Iterator[C
         with connection:
             yield DaemonClient(connection)
         return
+    if not config.backends and not make_default_backend:
+        raise no_backend(config)
     with exclusive(config, holder={"pid": os.getpid()}):
         if make_default_backend and not config.backends:
             config = create_default_backend(config)

@@ -47,23 +47,28 @@ def umount(config: Config, mountpoint: Path | None) -> None:
     Without a mount point, that of this configuration's daemon. Raises ``Busy`` if files in it are open.
     """
     connection = connect_daemon(config)
-    if connection is not None:
-        with connection:
-            ours = Path(DaemonClient(connection).call("status")["mountpoint"])
-        if mountpoint is not None and os.path.abspath(mountpoint) != str(ours):
-            raise NotFound(f"{mountpoint} is not mounted from here, {ours} is; see `archip status`")
-        mountpoint = ours
+    if connection is None:
+        _take_away_stale(config, mountpoint)
+        return
+    with connection:
+        ours = Path(DaemonClient(connection).call("status")["mountpoint"])
+    if mountpoint is not None and os.path.abspath(mountpoint) != str(ours):
+        raise NotFound(f"{mountpoint} is not mounted from here, {ours} is; see `archip status`")
+    _unmount(ours, lazy=False)
+    with exclusive(config, holder={"pid": os.getpid()}, wait_seconds=END_SECONDS, wait_for_daemon=True):
+        return
+
+
+def _take_away_stale(config: Config, mountpoint: Path | None) -> None:
     if mountpoint is None:
         raise NotFound(f"nothing is mounted from {config.run_dir}; see `archip status`")
     mountpoint = Path(os.path.abspath(mountpoint))
     if is_stale(mountpoint):
         _unmount(mountpoint, lazy=True)
-        return
-    if mounted_at(mountpoint) != FS_TYPE:
+    elif mounted_at(mountpoint) == FS_TYPE:
+        raise NotFound(f"{mountpoint} is mounted by another instance; give the --root or --config it was mounted with")
+    else:
         raise NotFound(f"{mountpoint} is not an archipfs mount; see `archip status`")
-    _unmount(mountpoint, lazy=False)
-    with exclusive(config, holder={"pid": os.getpid()}, wait_seconds=END_SECONDS, wait_for_daemon=True):
-        return
 
 
 def run_daemon(arguments: Sequence[str]) -> None:

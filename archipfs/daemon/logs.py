@@ -26,6 +26,6 @@ def configure_logs() -> None:
 
 
 def configure_command_logs() -> None:
-    """A command tells its user what it did in its own words: only warnings and worse are logged."""
+    """A command tells its user what it did and what went wrong in its own words, in one line."""
     configure_logs()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

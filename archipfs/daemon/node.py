@@ -94,24 +94,41 @@ def _read_holder(path: Path) -> dict[str, Any]:
 def open_node(config: Config) -> Iterator[Node]:
     """Bring the node to life and recover from whatever happened before. Call it inside ``exclusive``."""
     if not config.backends:
-        raise InvalidConfig(
-            f"no backend is configured in {config.path}; make one with "
-            f"`archip backend-create default --driver file --path {config.default_store}`"
-        )
+        raise no_backend(config)
     make_directory(config.state_dir)
     identity = NodeIdentity(_node_id(config.state_dir), socket.gethostname())
     with ExitStack() as stack:
-        mappers = {}
+        mappers: dict[str, Mapper] = {}
         for backend in config.backends.values():
             blocker = open_backend(backend)
             stack.callback(blocker.close)
-            mappers[backend.name] = Mapper(backend.name, blocker, identity, format_bitmap)
+            mapper = Mapper(backend.name, blocker, identity, format_bitmap)
+            _refuse_twin(mapper, mappers)
+            mappers[backend.name] = mapper
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), default)
         composer.recover()
         yield Node(config, identity, composer, dict, lambda volume: None)
         composer.close_all()
         composer.reclaim()
+
+
+def no_backend(config: Config) -> InvalidConfig:
+    """The error for a node that has nowhere to keep volumes."""
+    return InvalidConfig(
+        f"no backend is configured in {config.path}; make one with "
+        f"`archip backend-create default --driver file --path {config.default_store}`"
+    )
+
+
+def _refuse_twin(mapper: Mapper, others: Mapping[str, Mapper]) -> None:
+    """Two mappers on one store would not know of each other's layers under way, and delete them as left behind."""
+    for other in others.values():
+        if other.store.id == mapper.store.id:
+            raise InvalidConfig(
+                f"backends {other.backend} and {mapper.backend} are the same store, {mapper.blocker.describe()}; "
+                "remove one of them from the configuration"
+            )
 
 
 def open_backend(backend: BackendConfig) -> Blocker:
@@ -133,6 +150,9 @@ def create_backend(config: Config, backend: BackendConfig) -> Config:
         if known == backend:
             return config
         raise AlreadyExists(f"backend {backend.name} is configured already in {config.path}; choose another name")
+    for other in config.backends.values():
+        if (other.driver, dict(other.options)) == (backend.driver, dict(backend.options)):
+            raise AlreadyExists(f"backend {other.name} lies in that place already; choose another place")
     blocker = create_blocker(backend.driver, backend.options)
     try:
         create_store(blocker)

@@ -44,11 +44,13 @@ install_packages() { # PACKAGE...
 }
 
 venv_is_ours() {
-    [ "$("$VENV/bin/python" -c 'import sys, pip; print(sys._base_executable)' 2>/dev/null)" = "$SYSTEM_PYTHON" ]
+    local base
+    base=$("$VENV/bin/python" -c 'import sys, pip; print(sys._base_executable)' 2>/dev/null) || return 1
+    [ "$base" -ef "$SYSTEM_PYTHON" ]
 }
 
 make_venv() {
-    ! venv_is_ours || return 0
+    if venv_is_ours; then return 0; fi
     say "Making $VENV"
     "$SYSTEM_PYTHON" -m venv --clear "$VENV"
     changed=yes
