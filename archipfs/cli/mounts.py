@@ -34,8 +34,8 @@ MOUNT_COLUMNS = (
 FINDING_COLUMNS = (Column("severity"), Column("backend"), Column("which"), Column("what"))
 
 WITHOUT_EFFECT = frozenset(
-    {"rw", "dev", "suid", "exec", "auto", "noauto", "nouser", "async", "noatime", "nofail", "_netdev", "defaults"}
-    | {"default_permissions", "front=off"}
+    {"rw", "dev", "nodev", "suid", "nosuid", "exec", "auto", "noauto", "nouser", "async", "noatime", "relatime"}
+    | {"nofail", "_netdev", "defaults", "default_permissions", "front=off"}
 )
 """What fstab and mount(8) hand on and does not concern us, and what is so anyway. So is all that begins with ``x-``."""
 

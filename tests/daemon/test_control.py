@@ -1,0 +1,93 @@
+"""The control socket: several clients, nonsense, and clients that go away."""
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from archipfs.config import load_config
+from archipfs.daemon import control
+from archipfs.daemon.client import DaemonClient, connect_daemon
+from archipfs.daemon.node import create_default_backend, open_node
+from archipfs.errors import NotFound
+
+
+def serve_while(root: Path, talk: Callable[[], Awaitable[None]]) -> None:
+    """Run ``talk`` beside a control socket of a fresh node in ``root``."""
+    config = create_default_backend(load_config(root=root))
+
+    async def main() -> None:
+        config.run_dir.mkdir(exist_ok=True)
+        listener = await control.listen(config.run_dir)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(control.serve, node, listener)
+            with trio.fail_after(10):
+                await talk()
+            nursery.cancel_scope.cancel()
+
+    with open_node(config) as node:
+        trio.run(main)
+
+
+def test_a_command_and_its_error_travel_both_ways(tmp_path: Path) -> None:
+    def ask() -> None:
+        connection = connect_daemon(load_config(root=tmp_path))
+        assert connection is not None
+        with connection:
+            client = DaemonClient(connection)
+            assert client.call("volume-create", name="vm1", size=4096)["name"] == "vm1"
+            with pytest.raises(NotFound, match="no volume is called vm2"):
+                client.call("volume-info", name="vm2")
+            assert client.call("volume-info", name="vm1")["size"] == 4096
+
+    serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
+
+
+def test_nonsense_is_answered_in_one_line_and_the_next_request_is_served(tmp_path: Path) -> None:
+    async def talk() -> None:
+        stream = await trio.open_unix_socket(str(tmp_path / "run" / control.SOCKET_NAME))
+        async with stream:
+            answers = b""
+            for request in (b"nonsense\n", b"[]\n", b'{"command": 3}\n', b'{"command":"volume-list","arguments":{}}\n'):
+                await stream.send_all(request)
+            while answers.count(b"\n") < 4:
+                answers += await stream.receive_some()
+        replies = [json.loads(line) for line in answers.splitlines()]
+        assert ["error" in reply for reply in replies] == [True, True, True, False]
+
+    serve_while(tmp_path, talk)
+
+
+def test_a_client_that_hangs_up_harms_nobody(tmp_path: Path) -> None:
+    async def talk() -> None:
+        path = str(tmp_path / "run" / control.SOCKET_NAME)
+        for _ in range(20):
+            stream = await trio.open_unix_socket(path)
+            await stream.send_all(b'{"command":"volume-list","arguments":{}}\n{"comm')
+            await stream.aclose()
+        stream = await trio.open_unix_socket(path)
+        async with stream:
+            await stream.send_all(b'{"command":"volume-list","arguments":{}}\n')
+            assert json.loads(await stream.receive_some()) == {"answer": []}
+
+    serve_while(tmp_path, talk)
+
+
+def test_a_request_without_end_is_cut_off(tmp_path: Path) -> None:
+    async def talk() -> None:
+        stream = await trio.open_unix_socket(str(tmp_path / "run" / control.SOCKET_NAME))
+        async with stream:
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await stream.send_all(b"x" * 65536)
+
+    serve_while(tmp_path, talk)
+
+
+def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
+    async def talk() -> None:
+        assert (tmp_path / "run" / control.SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+
+    serve_while(tmp_path, talk)

@@ -1,0 +1,76 @@
+"""Being the node: one process at a time, one store once, an identity that stays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from archipfs.config import BackendConfig, Config, load_config
+from archipfs.daemon.client import connect
+from archipfs.daemon.commands import call
+from archipfs.daemon.node import create_backend, create_default_backend, exclusive, open_node
+from archipfs.errors import AlreadyExists, Busy, DaemonError, InvalidConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return create_default_backend(load_config(root=tmp_path))
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(config: Config) -> None:
+    with exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"}):
+        with pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
+            exclusive(config, holder={"pid": 1}).__enter__()
+
+
+def test_a_command_waits_for_a_command_and_then_gives_up(config: Config) -> None:
+    with exclusive(config, holder={"pid": 4711}), pytest.raises(Busy, match="process 4711"):
+        exclusive(config, holder={"pid": 1}, wait_seconds=0.1).__enter__()
+
+
+def test_the_node_is_free_again_when_its_process_was_killed(config: Config) -> None:
+    program = (
+        "import os, signal, pathlib, sys; from archipfs.config import load_config;"
+        "from archipfs.daemon.node import exclusive;"
+        "exclusive(load_config(root=pathlib.Path(sys.argv[1])), holder={}).__enter__();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    died = subprocess.run([sys.executable, "-c", program, str(config.root)], env=environment, check=False)
+    assert died.returncode == -9
+    with exclusive(config, holder={"pid": 1}, wait_seconds=0):
+        pass
+
+
+def test_the_node_keeps_its_id(config: Config) -> None:
+    with open_node(config) as first, open_node(config) as second:
+        assert first.identity.id == second.identity.id
+
+
+def test_a_node_without_backends_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="archip backend-create"), connect(load_config(root=tmp_path)):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_in_anothers_place_is_refused(config: Config) -> None:
+    twin = BackendConfig("twin", "file", dict(config.backends["default"].options))
+    with pytest.raises(AlreadyExists, match="default lies in that place"):
+        create_backend(config, twin)
+
+
+def test_two_backends_that_turn_out_to_be_one_store_are_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(str(config.backends["default"].options["path"]))
+    config = create_backend(config, BackendConfig("twin", "file", {"path": str(tmp_path / "link")}))
+    with pytest.raises(InvalidConfig, match="default and twin are the same store"), open_node(config):
+        pass
+
+
+def test_commands_of_another_version_are_refused_in_one_line(config: Config) -> None:
+    with open_node(config) as node:
+        with pytest.raises(DaemonError, match="does not know volume-fold"):
+            call(node, "volume-fold", {})
+        with pytest.raises(DaemonError, match="does not understand volume-info"):
+            call(node, "volume-info", {"name": "a", "colour": "blue"})
