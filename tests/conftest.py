@@ -4,33 +4,34 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.lib.instance import Instance
+from tests.lib.instance import Instance, instances
 
 MakeInstance = Callable[..., Instance]
 
 
 @pytest.fixture
 def make_instance() -> Iterator[MakeInstance]:
-    """Makes instances that are not mounted yet; arguments as for ``Instance``.
-
-    Behind the test all of them are unmounted; it fails if a log or a store of theirs is not as it should be.
-    """
-    made: list[Instance] = []
-
-    def make(**options: object) -> Instance:
-        made.append(Instance(**options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    problems = [problem for instance in made for problem in instance.take_down()]
-    problems += [problem for instance in made for problem in instance.verdict()]
-    for instance in made:
-        instance.remove()
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
+    """Makes instances that are not mounted yet; arguments as for ``Instance``."""
+    with instances() as make:
+        yield make
 
 
 @pytest.fixture
 def mount(make_instance: MakeInstance) -> Instance:
     """A private instance, mounted."""
     return make_instance().mount()
+
+
+@pytest.fixture(scope="module")
+def shared_instance() -> Iterator[Instance]:
+    with instances() as make:
+        yield make().mount()
+
+
+@pytest.fixture
+def shared_mount(shared_instance: Instance) -> Iterator[Instance]:
+    """As ``mount``, but the same one for all tests of a module, emptied between them: that takes no second each."""
+    yield shared_instance
+    problems = shared_instance.empty()
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

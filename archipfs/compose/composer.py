@@ -15,22 +15,26 @@ import structlog
 
 from archipfs.blockers.contract import Space
 from archipfs.compose.layers import LiveBitmaps
-from archipfs.compose.volume import Frozen, OpenVolume
+from archipfs.compose.volume import OpenVolume
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
     Busy,
+    Conflict,
     Fenced,
+    FormatTooNew,
     InvalidInput,
     InvalidSize,
     LockHeld,
     NotFound,
+    ObjectDamaged,
+    ObjectMissing,
     ReadOnlyVolume,
 )
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
-from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
-from archipfs.types import LayerId, VolumeId
+from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
+from archipfs.types import NAME_BYTES_MAX, LayerId, VolumeId
 from archipfs.units import format_size
 
 log = structlog.get_logger()
@@ -68,6 +72,8 @@ class _Table:
 
     volumes: dict[VolumeId, OpenVolume] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
+    ever_open: set[VolumeId] = field(default_factory=set)
+    """Those and all that were in it before, unless they were purged."""
 
 
 class Composer:
@@ -98,13 +104,21 @@ class Composer:
     def find_by_id(self, volume: VolumeId) -> Found:
         """Also finds a volume that was removed and is still open. Raises ``NotFound``."""
         opened = self._table.volumes.get(volume)
-        if opened is not None and opened.started:
-            return Found(opened.mapper, self._as_open(opened.record))
+        record = opened.present_record() if opened is not None else None
+        if opened is not None and record is not None:
+            return Found(opened.mapper, record)
         for mapper in self._mappers.values():
             found = mapper.catalog.get(VolumeRecord, volume)
             if found is not None:
                 return Found(mapper, found.record)
         raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+
+    def find_again(self, found: Found) -> Found:
+        """The volume as it is now. Raises ``NotFound``.
+
+        Takes a look at the store only if this process has had it open: else its size is as it was found.
+        """
+        return self.find_by_id(found.record.id) if found.record.id in self._table.ever_open else found
 
     def volumes(self) -> Iterator[Found]:
         """All volumes, in no order; each name once, as ``find`` finds it."""
@@ -142,9 +156,10 @@ class Composer:
     def _as_open(self, record: VolumeRecord) -> VolumeRecord:
         """The record with the size and time that writes not committed yet have given it."""
         opened = self._table.volumes.get(record.id)
-        if opened is None or not opened.started:
+        present = opened.present_record() if opened is not None else None
+        if present is None:
             return record
-        return msgspec.structs.replace(record, size=opened.size, mtime_ns=max(opened.mtime_ns, record.mtime_ns))
+        return msgspec.structs.replace(record, size=present.size, mtime_ns=max(present.mtime_ns, record.mtime_ns))
 
     # Opening
 
@@ -179,6 +194,7 @@ class Composer:
             opened = self._table.volumes.get(found.record.id)
             if opened is None:
                 opened = self._table.volumes[found.record.id] = OpenVolume(found.mapper, self._live, found.record.id)
+            self._table.ever_open.add(found.record.id)
             opened.uses += 1
             return opened
 
@@ -191,6 +207,7 @@ class Composer:
             if not self._table.changed.wait_for(lambda: volume not in self._table.volumes, CLOSING_SECONDS):
                 raise Busy(f"{found.record.name} is open; close it before you {doing} it")
             self._table.volumes[volume] = opened
+            self._table.ever_open.add(volume)
             opened.uses += 1
         return opened
 
@@ -251,9 +268,10 @@ class Composer:
         called = str(found.record.name)
         found.mapper.locks.take(found.record.id, Hold.IO, called=called)
         try:
+            self._refuse_moved(found)
             yield
         finally:
-            if not opened.started:
+            if not (opened.started and opened.owned):
                 found.mapper.locks.give_back(found.record.id, Hold.IO, called=called)
 
     # Making
@@ -273,11 +291,8 @@ class Composer:
         mapper = found.mapper
         with mapper.reserve(snapshot) as reservation:
             if not found.record.writable:
-                frozen = Frozen(found.record.layer, found.record.size)
-                record = found.record
-                made = mapper.publish_snapshot(
-                    reservation, record, frozen.layer, self._at_least(frozen.size, size, name)
-                ).record
+                wanted = self._at_least(found.record.size, size, name)
+                made = mapper.publish_again(reservation, found.record, wanted).record
             else:
                 with self._owning(found) as opened:
                     self._refuse_empty(opened)
@@ -310,9 +325,17 @@ class Composer:
 
     def rename(self, name: str, new_name: str, *, replace: bool = False) -> None:
         """``replace``: take the name from whichever volume has it, which is removed, as rename(2) does."""
-        found = self.find(name)
-        if new_name == name:
-            return
+        while True:
+            found = self.find(name)
+            if new_name == name:
+                return
+            try:
+                self._rename(found, name, new_name, replace=replace)
+                return
+            except (Conflict, NotFound):
+                continue  # one of the two was renamed or removed meanwhile, or is not there at all: ``find`` says so
+
+    def _rename(self, found: Found, name: str, new_name: str, *, replace: bool) -> None:
         check_name(new_name)
         other = self._find_or_none(new_name)
         if other is not None and not replace:
@@ -322,9 +345,12 @@ class Composer:
         both = [found] if other is None else sorted((found, other), key=lambda each: each.record.id)
         with ExitStack() as stack:
             opened = {each.record.id: stack.enter_context(self._locked(each)) for each in both}
+            self._refuse_moved(found)
             if other is not None:
                 self._refuse_held(other, "replace")
-            displaced = found.mapper.rename(found.record.id, new_name, replace=replace)
+            displaced = found.mapper.rename(
+                found.record.id, new_name, replace=other.record.id if other is not None else None
+            )
             self._refresh(opened[found.record.id])
             if displaced is not None:
                 self._lost_name(opened[displaced.id], displaced)
@@ -350,14 +376,14 @@ class Composer:
         if source.mapper is not found.mapper or not self._descends(found, source.record):
             raise InvalidInput(f"{snapshot} is not a snapshot of {name}; clone it instead")
         mapper = found.mapper
-        kept_name = self._free_name(f"{name}@before-rollback-{time.strftime('%Y%m%d-%H%M%S')}")
+        kept_name = self._free_name(_kept_name(name))
         with self._alone(found, "roll back") as opened, mapper.reserve(kept_name) as reservation:
             opened.start()
             frozen = opened.freeze()
             kept = mapper.publish_snapshot(reservation, opened.record, frozen.layer, frozen.size).record
             with mapper.new_layer(source.record.layer, source.record.size) as head:
                 # The new layer exists; whoever removes the snapshot from here on sees that its layer is in use.
-                self.find(snapshot)
+                mapper.still_there(source.record)
                 opened.replace_layers(head.id, source.record.size)
             record = opened.record
         self._reclaim_wanted = True
@@ -368,15 +394,26 @@ class Composer:
         """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards."""
         found = self.find(name)
         with self._locked(found) if even_if_open else self._alone(found, "remove") as opened:
+            if not found.record.writable:
+                self._refuse_moved(found)
             self._refuse_held(found, "remove")
             self._lost_name(opened, found.mapper.remove(found.record.id))
 
-    def set_attributes(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> VolumeRecord:
-        """Change mode, owner, times or extended attributes. Anybody may, lock or not; the last one wins."""
+    def set_attributes(
+        self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord], *, sets_mtime: bool = False
+    ) -> VolumeRecord:
+        """Change mode, owner, times or extended attributes. Anybody may, lock or not; the last one wins.
+
+        ``sets_mtime``: the time of change is among them, and counts for more than that of the last write.
+        """
         found = self.find_by_id(volume)
-        record = found.mapper.change(volume, edit).record
         opened = self._table.volumes.get(volume)
-        if opened is not None:
+        if opened is None:
+            return self._as_open(found.mapper.change(volume, edit).record)
+        with opened.control:
+            if sets_mtime:
+                opened.forget_write_time()
+            record = found.mapper.change(volume, edit).record
             self._refresh(opened)
         return self._as_open(record)
 
@@ -390,7 +427,7 @@ class Composer:
         """``force`` breaks the lock of whoever has it: that one writes no more. Ours is given back, not broken."""
         found = self.find(name)
         lock = found.mapper.locks.holder(found.record.id)
-        if force and lock is not None and not self._is_ours(found, lock):
+        if force and lock is not None and not found.mapper.locks.is_ours(lock):
             found.mapper.locks.break_(found.record.id)
             log.warning("lock broken", volume=name, owner=lock.host, node=lock.node)
             return
@@ -409,10 +446,14 @@ class Composer:
     def verify_leases(self) -> None:
         """Fence the volumes whose locks were broken."""
         for opened in self.open_volumes():
+            if not opened.control.acquire(blocking=False):
+                continue  # whoever is at work with it looks himself, or gives the lock back
             try:
                 opened.verify_lease()
             except Fenced as error:
                 log.error("fenced", volume=opened.name, error=str(error))
+            finally:
+                opened.control.release()
 
     # The whole
 
@@ -425,9 +466,13 @@ class Composer:
                     mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
                 except LockHeld:
                     continue  # open on another node, which purges it when it closes it
+                except (ObjectDamaged, FormatTooNew) as error:
+                    log.error("not purged", volume=record.id, error=str(error))
+                    continue
                 mapper.purge(record)
-            mapper.reclaim()
-            layers |= {found.record.id for _, found in mapper.catalog.list(LayerRecord)}
+            self._reclaim(mapper)
+            mapper.forget_stray_locks()
+            layers |= {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
         self._live.forget_unless(layers.__contains__)
 
     def reclaim(self) -> None:
@@ -437,9 +482,17 @@ class Composer:
                 return
             self._reclaim_wanted = False
             for mapper in self._mappers.values():
-                freed = mapper.reclaim()
-                if freed.layers:
-                    log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
+                self._reclaim(mapper)
+
+    def _reclaim(self, mapper: Mapper) -> None:
+        """A store that is damaged somewhere gives no space back, but works otherwise."""
+        try:
+            freed = mapper.reclaim()
+        except (ObjectDamaged, ObjectMissing, FormatTooNew) as error:
+            log.error("nothing reclaimed", backend=mapper.backend, error=str(error))
+            return
+        if freed.layers:
+            log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
 
     def close_all(self) -> None:
         """Flush and close everything, whoever uses it. Errors are raised at the end, the first one."""
@@ -501,6 +554,12 @@ class Composer:
                 f"{opened.name} has no size yet, there is nothing to take a snapshot of; resize it first"
             )
 
+    def _refuse_moved(self, found: Found) -> None:
+        """Raises ``NotFound`` if the name leads to the volume no more."""
+        now = found.mapper.find(str(found.record.name))
+        if now is None or now.record.id != found.record.id:
+            raise NotFound(f"{found.record.name} has just been removed or renamed; see `archip volume-list`")
+
     def _refuse_held(self, found: Found, doing: str) -> None:
         lock = found.mapper.locks.holder(found.record.id)
         if lock is not None and any(hold is not Hold.IO for hold in lock.holds):
@@ -529,14 +588,14 @@ class Composer:
             candidate = f"{name}-{number}"
         return candidate
 
-    def _is_ours(self, found: Found, lock: LockRecord) -> bool:
-        try:
-            found.mapper.locks.take(found.record.id, lock.holds[0], called=str(found.record.name))
-        except LockHeld:
-            return False
-        return True
-
     def _made(self, event: str, record: VolumeRecord, started: float) -> Made:
         seconds = time.perf_counter() - started
         log.info(event, volume=record.name, kind=record.kind.value, size=record.size, seconds=round(seconds, 6))
         return Made(record, seconds)
+
+
+def _kept_name(name: str) -> str:
+    """What a rollback calls the snapshot of what it leaves: as much of the volume's name as there is room for."""
+    suffix = f"@before-rollback-{time.strftime('%Y%m%d-%H%M%S')}"
+    room = NAME_BYTES_MAX - len(suffix) - len("-9999")
+    return name.encode()[:room].decode(errors="ignore") + suffix

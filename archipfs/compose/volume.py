@@ -81,7 +81,7 @@ class OpenVolume:
                 chain = [found.record for found in self.mapper.catalog.chain(record.layer)]
                 layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, record.visible)
                 try:
-                    size = max(record.size, layers[0].live_size)
+                    size = max(record.size, _live_size(layers))
                     self._engine = EngineVolume(layers, size, writable=True)
                 finally:
                     for layer in layers:
@@ -103,10 +103,20 @@ class OpenVolume:
             elif engine is not None:
                 engine.close(clean=False)
             if self.record.name is None:
-                self.mapper.purge(self.record)
-                self._live.forget(self.record.layer)
+                self._purge()
         finally:
             self._engine, self._lease, self._record = None, None, None
+
+    def _purge(self) -> None:
+        """Delete the removed volume, unless another node has it open: then that one does so when it closes it."""
+        record = self.record
+        if record.writable:
+            try:
+                self.mapper.locks.take(self.id, Hold.IO, called=self.name)
+            except LockHeld:
+                return
+        self.mapper.purge(record)
+        self._live.forget(record.layer)
 
     def _stop_writing(self, engine: EngineVolume, lease: LockRecord) -> None:
         clean = False
@@ -146,6 +156,17 @@ class OpenVolume:
         """Whether we hold the lock, so that what we read may be cached."""
         return self._lease is not None or not self.record.writable
 
+    def present_record(self) -> VolumeRecord | None:
+        """The record with the size and time that writes not committed yet have given it; ``None`` if not started.
+
+        May be called at any time, also while another thread starts or stops the volume.
+        """
+        engine, record = self._engine, self._record
+        if record is None:
+            return None
+        size = engine.size if engine is not None else record.size
+        return msgspec.structs.replace(record, size=size, mtime_ns=max(self._written_ns, record.mtime_ns))
+
     @property
     def size(self) -> int:
         return self._engine.size if self._engine is not None else self.record.size
@@ -153,6 +174,10 @@ class OpenVolume:
     @property
     def mtime_ns(self) -> int:
         return max(self._written_ns, self.record.mtime_ns)
+
+    def forget_write_time(self) -> None:
+        """The record's time of change is set by somebody: earlier writes do not count any more."""
+        self._written_ns = 0
 
     @property
     def engine(self) -> EngineVolume:
@@ -230,8 +255,11 @@ class OpenVolume:
         """Make it ``size`` bytes large. What a shrink cuts off reads as zeros if it grows again."""
         with self.control:
             engine, lease = self.engine, self._owned_lease()
-            self._verify(engine, lease)
-            self._commit(self.record, engine.size)
+            if size > self.record.size:
+                # What a shrink cut off may still be in the store. Once the larger size is committed, it could be seen.
+                self._flush(engine, lease)
+            else:
+                self._verify(engine, lease)
             engine.pause()
             try:
                 shrinks = size < engine.size
@@ -307,3 +335,8 @@ class OpenVolume:
             if self._engine is not None:
                 self._engine.fence()
             raise
+
+
+def _live_size(layers: list[EngineLayer]) -> int:
+    """The size that the process before us had got to: a head that it was about to put on top does not know it yet."""
+    return next((layer.live_size for layer in layers if layer.live_size), 0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from archipfs.blockers.contract import Blocker
-from archipfs.errors import NotFound, ObjectMissing
+from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map.names import name_ident
 from archipfs.map.records import (
     KIND_NAMES,
@@ -62,9 +62,21 @@ class Catalog:
     def delete(self, kind: type[R], ident: str, expected: int) -> None:
         self._blocker.delete_record(f"{KIND_NAMES[kind]}/{ident}", expected)
 
-    def list(self, kind: type[R]) -> Iterator[tuple[str, Versioned[R]]]:
+    def list(self, kind: type[R], *, skip_damaged: bool = False) -> Iterator[tuple[str, Versioned[R]]]:
+        """Raises ``ObjectDamaged`` or ``FormatTooNew`` at a record that cannot be read, unless such are skipped."""
         for key, found in self._blocker.list_records(KIND_NAMES[kind]):
-            yield key.partition("/")[2], Versioned(decode(kind, key, found.value), found.version)
+            try:
+                record = decode(kind, key, found.value)
+            except (ObjectDamaged, FormatTooNew):
+                if not skip_damaged:
+                    raise
+                continue
+            yield key.partition("/")[2], Versioned(record, found.version)
+
+    def idents(self, kind: type[R]) -> Iterator[str]:
+        """What there is of a kind, readable or not."""
+        for key, _ in self._blocker.list_records(KIND_NAMES[kind]):
+            yield key.partition("/")[2]
 
     # By kind
 
@@ -115,6 +127,13 @@ class Catalog:
         entry = self.name(name)
         return None if entry is None else self.resolve_entry(entry.record)
 
+    def resolve_or_none(self, name: str) -> Versioned[VolumeRecord] | None:
+        """As ``resolve``; ``None`` also where a record cannot be read."""
+        try:
+            return self.resolve(name)
+        except (ObjectDamaged, FormatTooNew):
+            return None
+
     def resolve_entry(self, entry: NameRecord) -> Versioned[VolumeRecord] | None:
         """The volume that the entry and the volume's own record agree on, or ``None``."""
         for candidate in (entry.volume, entry.replaced):
@@ -125,19 +144,19 @@ class Catalog:
         return None
 
     def volumes(self) -> Iterator[Versioned[VolumeRecord]]:
-        """All volumes that have a name, in no order.
+        """All volumes that have a name and can be read, in no order.
 
         One pass over the volume records. Only names claimed twice (a rename onto a taken name is under way, or was
         cut short) need a look at the name record.
         """
         claims = defaultdict(list)
-        for _, found in self.list(VolumeRecord):
+        for _, found in self.list(VolumeRecord, skip_damaged=True):
             if found.record.name is not None:
                 claims[found.record.name].append(found)
         for name, found_all in claims.items():
             if len(found_all) == 1:
                 yield found_all[0]
-            elif (winner := self.resolve(name)) is not None:
+            elif (winner := self.resolve_or_none(name)) is not None:
                 yield winner
 
 

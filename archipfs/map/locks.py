@@ -6,6 +6,7 @@ compares that with the generation it got before it makes anything durable, and s
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from archipfs.errors import Conflict, Fenced, LockHeld
@@ -91,9 +92,12 @@ class Locks:
 
     def forget(self, volume: VolumeId) -> None:
         """Remove the lock's record, after the volume's."""
-        found = self._catalog.lock(volume)
-        if found is not None:
-            self._catalog.delete(LockRecord, volume, found.version)
+        while (found := self._catalog.lock(volume)) is not None:
+            with suppress(Conflict):
+                self._catalog.delete(LockRecord, volume, found.version)
+
+    def is_ours(self, record: LockRecord) -> bool:
+        return record.node == self._node.id
 
     def _refuse_foreign(self, record: LockRecord, called: str) -> None:
         if record.node not in (None, self._node.id):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +20,7 @@ from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
 from archipfs.map.locks import Locks, Node
 from archipfs.map.names import check_name
 from archipfs.map.reclaim import Reclaimed, delete_layer, reclaim
-from archipfs.map.records import Kind, LayerRecord, NameRecord, StoreRecord, VolumeRecord
+from archipfs.map.records import Kind, LayerRecord, LockRecord, NameRecord, StoreRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
@@ -81,6 +81,8 @@ class Mapper:
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
         self._pending: set[LayerId] = set()
+        self._pending_since_reclaim: set[LayerId] = set()
+        """Those, and all that were since the last ``reclaim`` began."""
         self._reserved: set[str] = set()
         found = self.catalog.store()
         if found is None:
@@ -120,21 +122,64 @@ class Mapper:
     def publish(self, reservation: Reservation, record: VolumeRecord) -> Versioned[VolumeRecord]:
         """Commit a new volume under the reserved name. Raises ``AlreadyExists`` if another node took it meanwhile."""
         made = self.catalog.put_volume(record, None)
-        entry = self.catalog.name(reservation.name)
-        if entry is None or entry.record.volume != record.id:
-            self.catalog.delete(VolumeRecord, record.id, made.version)
-            raise AlreadyExists(f"{reservation.name} was just made on another node; choose another name")
+        if not self._keeps_name(reservation):
+            self._withdraw(made)
+            raise AlreadyExists(f"{reservation.name} was just made by somebody else; choose another name")
         return made
 
+    def _keeps_name(self, reservation: Reservation) -> bool:
+        """Whether the name is ours after all, now that its volume is published.
+
+        While nobody touched the entry, whoever does so later sees the volume (``_take_over``). Else the next change of
+        the entry decides, his or ours.
+        """
+        while True:
+            entry = self.catalog.name(reservation.name)
+            if entry is None or entry.record.volume != reservation.volume:
+                return False
+            if entry.version == reservation.version:
+                return True
+            try:
+                self.catalog.put_name(entry.record, entry.version)
+            except Conflict:
+                continue
+            return True
+
+    def _withdraw(self, made: Versioned[VolumeRecord]) -> None:
+        with suppress(Conflict):  # then it is being removed already
+            self.catalog.delete(VolumeRecord, made.record.id, made.version)
+
+    def _take_over(self, entry: Versioned[NameRecord], record: NameRecord) -> Versioned[NameRecord]:
+        """Replace the entry of a name by ``record``. Raises ``Conflict`` if that has to be decided anew.
+
+        The entry may be that of a volume which is just being made, or renamed to it, by somebody else. Either he or we
+        must fail, so: a volume being made is published after we touched the entry, and then its maker sees that, or
+        before, and then we see the volume; a volume being renamed has its record touched, so that it cannot commit.
+        """
+        name, pending = entry.record.name, entry.record.volume
+        touched = self.catalog.put_name(entry.record, entry.version)
+        found = self.catalog.get(VolumeRecord, pending)
+        if found is not None and found.record.name == name and record.replaced != pending:
+            raise Conflict(f"{name} was just taken by another volume; look again")
+        if found is not None and found.record.name is not None and pending not in (record.volume, record.replaced):
+            self.catalog.put_volume(found.record, found.version)
+        return self.catalog.put_name(record, touched.version)
+
     def _claim(self, name: str, volume: VolumeId) -> int:
+        record = NameRecord(name, volume)
         while True:
             entry = self.catalog.name(name)
             if entry is not None and self.catalog.resolve_entry(entry.record) is not None:
                 raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
             try:
-                return self.catalog.put_name(NameRecord(name, volume), entry.version if entry else None).version
+                return self._point(entry, record)
             except Conflict:
                 continue
+
+    def _point(self, entry: Versioned[NameRecord] | None, record: NameRecord) -> int:
+        if entry is None:
+            return self.catalog.put_name(record, None).version
+        return self._take_over(entry, record).version
 
     def _drop_name(self, name: str, volume: VolumeId) -> None:
         """Delete the name's entry if it still speaks of ``volume``, which is not called so any more."""
@@ -153,6 +198,7 @@ class Mapper:
         record = LayerRecord(new_layer_id(), parent, parent_visible, self._node.id, time.time_ns())
         with self._mutex:
             self._pending.add(record.id)
+            self._pending_since_reclaim.add(record.id)
         try:
             # The record comes first: whatever objects there are, a record leads to them.
             self.catalog.put(record, record.id, None)
@@ -211,7 +257,7 @@ class Mapper:
         """
         with self.reserve(name) as reservation, self.new_layer(source.layer, source.size) as layer:
             # The child exists; from here on, whoever removes the source sees that its layer is in use.
-            self._still_there(source)
+            self.still_there(source)
             return self.publish(reservation, self._fresh(reservation, Kind.CLONE, size, layer.id, source, attributes))
 
     def publish_snapshot(
@@ -221,6 +267,17 @@ class Mapper:
         attributes = Attributes(0o444, source.uid, source.gid)
         record = self._fresh(reservation, Kind.SNAPSHOT, size, layer, source, attributes)
         return self.publish(reservation, record)
+
+    def publish_again(self, reservation: Reservation, source: VolumeRecord, size: int) -> Versioned[VolumeRecord]:
+        """Commit another snapshot of what the snapshot ``source`` holds. Raises ``NotFound`` if it is removed."""
+        made = self.publish_snapshot(reservation, source, source.layer, size)
+        try:
+            # The other one leads to the layer now; whoever removes the source from here on sees that.
+            self.still_there(source)
+        except NotFound:
+            self._withdraw(made)
+            raise
+        return made
 
     def change(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> Versioned[VolumeRecord]:
         """Replace the volume's record by ``edit(record)``, again if another node was quicker. Raises ``NotFound``."""
@@ -234,87 +291,128 @@ class Mapper:
             except Conflict:
                 continue
 
-    def rename(self, volume: VolumeId, name: str, *, replace: bool) -> VolumeRecord | None:
-        """Call ``volume`` ``name``. Returns the volume that had that name, now nameless, if ``replace`` allows it.
+    def rename(self, volume: VolumeId, name: str, *, replace: VolumeId | None) -> VolumeRecord | None:
+        """Call ``volume`` ``name``. Returns ``replace``, nameless now, if that is who had the name.
 
-        Hold the lock of the volume, and of the one that is replaced. Raises ``AlreadyExists``, ``NotFound``.
+        Hold the lock of the volume, and of the one that is replaced. Raises ``AlreadyExists``, ``NotFound``, and
+        ``Conflict`` if another volume than ``replace`` has the name.
         """
         check_name(name)
-        old = self.catalog.volume(volume).record
-        if old.name is None:
-            raise NotFound(f"the volume {volume} has been removed; see `archip volume-list`")
-        if old.name == name:
-            return None
-        displaced = self._point_name(name, volume, replace=replace)
-        self.change(volume, lambda record: msgspec.structs.replace(record, name=name, ctime_ns=time.time_ns()))
-        self._drop_name(old.name, volume)
-        if displaced is None:
-            return None
-        return self.change(displaced.id, lambda record: msgspec.structs.replace(record, name=None)).record
-
-    def _point_name(self, name: str, volume: VolumeId, *, replace: bool) -> VolumeRecord | None:
-        """Have the name's entry speak of ``volume``, and of the one that has the name until the rename commits."""
         while True:
-            entry = self.catalog.name(name)
-            holder = self.catalog.resolve_entry(entry.record) if entry is not None else None
-            if holder is not None and not replace:
-                raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
-            record = NameRecord(name, volume, holder.record.id if holder is not None else None)
+            old = self.catalog.volume(volume)
+            if old.record.name is None:
+                raise NotFound(f"the volume {volume} has been removed; see `archip volume-list`")
+            if old.record.name == name:
+                return None
+            self._finish_replacing(old.record.name, volume)
             try:
-                self.catalog.put_name(record, entry.version if entry is not None else None)
+                displaced = self._point_name(name, volume, replace)
+                renamed = msgspec.structs.replace(old.record, name=name, ctime_ns=time.time_ns())
+                # Not if the record changed since: whoever takes the name over touches it.
+                self.catalog.put_volume(renamed, old.version)
+                break
             except Conflict:
-                continue
-            return holder.record if holder is not None else None
+                if replace is not None:
+                    raise
+        self._drop_name(old.record.name, volume)
+        return None if displaced is None else self._displace(displaced, name)
+
+    def _point_name(self, name: str, volume: VolumeId, replace: VolumeId | None) -> VolumeId | None:
+        """Have the name's entry speak of ``volume``, and of the one that has the name until the rename commits."""
+        entry = self.catalog.name(name)
+        holder = self.catalog.resolve_entry(entry.record) if entry is not None else None
+        holder_id = holder.record.id if holder is not None else None
+        if holder_id is not None and replace is None:
+            raise AlreadyExists(f"{name} exists already; choose another name or remove it first")
+        if holder_id not in (None, replace):
+            raise Conflict(f"{name} is another volume than it was; look again")
+        self._point(entry, NameRecord(name, volume, holder_id))
+        return holder_id
+
+    def _displace(self, volume: VolumeId, name: str) -> VolumeRecord | None:
+        """Take ``name`` from the volume that was replaced. ``None`` if it is called otherwise by now, or gone."""
+
+        def nameless(record: VolumeRecord) -> VolumeRecord:
+            return msgspec.structs.replace(record, name=None) if record.name == name else record
+
+        try:
+            record = self.change(volume, nameless).record
+        except NotFound:
+            return None
+        return record if record.name is None else None
+
+    def _finish_replacing(self, name: str, volume: VolumeId) -> None:
+        """Before ``volume`` gives up ``name``: whom it took it from, in a rename that a crash cut short, is not to get
+        it back."""
+        entry = self.catalog.name(name)
+        if entry is not None and entry.record.volume == volume and entry.record.replaced is not None:
+            self._displace(entry.record.replaced, name)
 
     def remove(self, volume: VolumeId) -> VolumeRecord:
         """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
-        name: str | None = None
-
-        def nameless(record: VolumeRecord) -> VolumeRecord:
-            nonlocal name
-            name = record.name
-            return msgspec.structs.replace(record, name=None)
-
-        removed = self.change(volume, nameless).record
+        name = self.catalog.volume(volume).record.name
+        if name is not None:
+            self._finish_replacing(name, volume)
+        removed = self.change(volume, lambda record: msgspec.structs.replace(record, name=None)).record
         if name is not None:
             self._drop_name(name, volume)
         return removed
 
     def purge(self, record: VolumeRecord) -> None:
         """Delete a removed volume that nobody has open. What it was made from stays until ``reclaim``."""
-        if record.writable:
-            delete_layer(self.catalog, self.blocker, record.layer)
-        found = self.catalog.get(VolumeRecord, record.id)
-        if found is not None:
-            self.catalog.delete(VolumeRecord, record.id, found.version)
+        now = self.catalog.get(VolumeRecord, record.id)
+        if now is None or now.record.name != record.name:
+            return  # another node has purged it since ``record`` was read
+        if now.record.writable:
+            delete_layer(self.catalog, self.blocker, now.record.layer)
+        # The record goes last: as long as there is one, the volume is found again and purged to the end.
         self.locks.forget(record.id)
+        while (found := self.catalog.get(VolumeRecord, record.id)) is not None:
+            with suppress(Conflict):
+                self.catalog.delete(VolumeRecord, record.id, found.version)
 
     def removed(self) -> list[VolumeRecord]:
         """Volumes that no name resolves to: removed while open, or by an operation that a crash cut short."""
         claims: dict[str, list[VolumeRecord]] = defaultdict(list)
         nameless = []
-        for _, found in self.catalog.list(VolumeRecord):
+        for _, found in self.catalog.list(VolumeRecord, skip_damaged=True):
             if found.record.name is None:
                 nameless.append(found.record)
             else:
                 claims[found.record.name].append(found.record)
         for name, records in claims.items():
-            if len(records) > 1 and (winner := self.catalog.resolve(name)) is not None:
+            if len(records) > 1 and (winner := self.catalog.resolve_or_none(name)) is not None:
                 nameless += [record for record in records if record.id != winner.record.id]
         return nameless
 
     def reclaim(self) -> Reclaimed:
-        """Delete the layers that nothing leads to."""
+        """Delete the layers that nothing leads to.
+
+        Raises ``ObjectDamaged``, ``FormatTooNew`` or ``ObjectMissing``, and deletes nothing, where it cannot know.
+        """
+
+        with self._mutex:
+            # A layer may come to be named between our look at the volumes and our look at the layers.
+            pending = self._pending_since_reclaim = set(self._pending)
 
         def in_use(layer: LayerRecord) -> bool:
             if layer.node == self._node.id:
                 with self._mutex:
-                    return layer.id in self._pending
+                    return layer.id in pending
             return time.time_ns() - layer.created_ns < FOREIGN_GRACE_NS
 
         return reclaim(self.catalog, self.blocker, in_use)
 
-    def _still_there(self, source: VolumeRecord) -> None:
+    def forget_stray_locks(self) -> None:
+        """Remove the records of locks whose volumes are gone."""
+        locks = list(self.catalog.idents(LockRecord))  # first: a volume is there before its lock
+        volumes = set(self.catalog.idents(VolumeRecord)) if locks else set()
+        for ident in locks:
+            if ident not in volumes:
+                self.locks.forget(VolumeId(ident))
+
+    def still_there(self, source: VolumeRecord) -> None:
+        """Raises ``NotFound`` if the volume was removed since ``source`` was read."""
         found = self.catalog.get(VolumeRecord, source.id)
         if found is None or found.record.name is None:
             raise NotFound(f"{source.name} has just been removed; see `archip volume-list`")

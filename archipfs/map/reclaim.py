@@ -3,10 +3,13 @@
 A layer is in use if a volume's record names it, or a layer in use has it for a parent, or its maker is still at work
 with it. Volumes are read before layers: a layer becomes a parent only through a volume that names it, so if no volume
 read first leads to it, every child it will ever have is among the layers read afterwards, and whoever makes a child
-looks once more whether the volume it came from is still there (``Mapper.clone``).
+looks once more whether the volume it came from is still there (``Mapper.still_there``).
+
+Where a record cannot be read, or one is missing that a volume needs, nobody knows what else is needed: nothing is
+deleted then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from archipfs.blockers.contract import Blocker
@@ -26,16 +29,33 @@ class Reclaimed:
 def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], bool]) -> Reclaimed:
     """Delete every layer that no volume and no layer ``in_use`` leads to; children first, so that a crash in between
     leaves no layer without its parent."""
-    roots = {found.record.layer for _, found in catalog.list(VolumeRecord)}
+    volumes = [found.record for _, found in catalog.list(VolumeRecord)]
+    roots = {record.layer for record in volumes}
     layers = {found.record.id: found.record for _, found in catalog.list(LayerRecord)}
     roots |= {layer for layer, record in layers.items() if in_use(record)}
     used = reachable(roots, layers)
     garbage = {layer: record for layer, record in layers.items() if layer not in used}
+    if garbage:
+        _refuse_gaps(catalog, volumes, layers)
     stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
     return Reclaimed(len(garbage), stored_bytes)
 
 
-def reachable(roots: set[LayerId], layers: dict[LayerId, LayerRecord]) -> set[LayerId]:
+def _refuse_gaps(catalog: Catalog, volumes: list[VolumeRecord], layers: Mapping[LayerId, LayerRecord]) -> None:
+    """Raises ``ObjectMissing`` if a layer is missing that a volume needs."""
+    if reachable({record.layer for record in volumes}, layers) <= layers.keys():
+        return
+    for record in volumes:
+        missing = reachable({record.layer}, layers) - layers.keys()
+        now = catalog.get(VolumeRecord, record.id) if missing and record.name is not None else None
+        if now is not None and now.record.layer == record.layer and now.record.name is not None:
+            raise ObjectMissing(
+                f"layer {min(missing)} of {record.name} is not in the store; "
+                "nothing is deleted as long as nobody knows what else it needs; run `archip check`"
+            )
+
+
+def reachable(roots: set[LayerId], layers: Mapping[LayerId, LayerRecord]) -> set[LayerId]:
     """``roots`` and all their ancestors. Pure."""
     seen: set[LayerId] = set()
     for root in roots:

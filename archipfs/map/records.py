@@ -8,6 +8,7 @@ Pure: no I/O.
 """
 
 import enum
+import re
 import secrets
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from archipfs.types import LayerId, VolumeId
 
 FORMAT_VERSION = 1
 _MAGIC = b"archipfs-record"
+_VERSION_PATTERN = re.compile(rb"[1-9][0-9]{0,8}")
 
 
 class Kind(enum.Enum):
@@ -130,7 +132,7 @@ def decode(kind: type[R], key: str, value: bytes) -> R:
     """The record in ``value``, read from ``key``. Raises ``FormatTooNew`` or ``ObjectDamaged``, naming the key."""
     header, newline, payload = value.partition(b"\n")
     fields = header.split(b" ")
-    if not newline or len(fields) < 2 or fields[0] != _MAGIC or not fields[1].isdigit():
+    if not newline or len(fields) < 2 or fields[0] != _MAGIC or not _VERSION_PATTERN.fullmatch(fields[1]):
         raise ObjectDamaged(f"record {key} is damaged: no header; restore it from a copy of the store")
     version = int(fields[1])
     if version > FORMAT_VERSION:
@@ -141,5 +143,5 @@ def decode(kind: type[R], key: str, value: bytes) -> R:
         raise ObjectDamaged(f"record {key} is damaged: bad checksum; restore it from a copy of the store")
     try:
         return msgspec.json.decode(payload, type=kind)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         raise ObjectDamaged(f"record {key} is damaged: {error}; restore it from a copy of the store") from error

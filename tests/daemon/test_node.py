@@ -20,9 +20,9 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(config: Config) -> None:
-    with exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"}):
-        with pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
-            exclusive(config, holder={"pid": 1}).__enter__()
+    first = exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"})
+    with first, pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
+        exclusive(config, holder={"pid": 1}).__enter__()
 
 
 def test_a_command_waits_for_a_command_and_then_gives_up(config: Config) -> None:

@@ -207,7 +207,12 @@ static void test_lanes(void) {
 
 /* Sequence */
 
-#define SLOTS 64
+#ifndef SEQUENCE_ROUNDS
+#define SEQUENCE_ROUNDS 12
+#define HALVES_ROUNDS 1500
+#endif
+
+#define SLOTS 256
 #define SLOT_BYTES 512
 
 struct sequence {
@@ -322,7 +327,7 @@ static void sequence_round(uint64_t seed) {
         count++;
 
         /* The power fails, in a copy of the world. */
-        nanosleep(&(struct timespec){.tv_nsec = (long)random_below(&random, 600000)}, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = (long)random_below(&random, 1000000)}, NULL);
         static struct stored_layer cut[SEQUENCE_SWAPS + 1];
         pthread_mutex_lock(&sequence.machine.mutex);
         uint64_t flushed = atomic_load(&sequence.flushed);
@@ -363,7 +368,7 @@ static void sequence_round(uint64_t seed) {
 }
 
 static void test_sequence(void) {
-    for (uint64_t seed = 0; seed < 12; seed++)
+    for (uint64_t seed = 0; seed < SEQUENCE_ROUNDS; seed++)
         sequence_round(seed);
 }
 
@@ -428,11 +433,76 @@ static void test_growth(void) {
     directory_remove(directory);
 }
 
+/*
+ * Two write to the two halves of one sector that is not in the head yet. One of them then flushes, and the power fails:
+ * its half is there, though it may have been the other who set the bit.
+ */
+
+struct halves {
+    struct ae_volume *volume;
+    pthread_barrier_t start;
+};
+
+static void *half_write(void *argument) {
+    struct halves *halves = argument;
+    pthread_barrier_wait(&halves->start);
+    CHECK_EQUAL(ae_write(halves->volume, "a", 1, 0), 1);
+    return NULL;
+}
+
+static void halves_round(uint64_t seed) {
+    uint64_t random = random_seed(seed);
+    struct machine machine;
+    machine_start(&machine, seed);
+    static struct stored_layer stored, cut;
+    char directory[128] = "";
+    stored_layer_init(&stored, &machine, directory, 0);
+    struct ae_layer *layer = stored_layer_open(&stored, true, false, boot_id);
+    struct halves halves;
+    CHECK_EQUAL(ae_volume_open(&layer, 1, SECTOR, true, &halves.volume), 0);
+    CHECK(pthread_barrier_init(&halves.start, NULL, 2) == 0);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, half_write, &halves) == 0);
+    pthread_barrier_wait(&halves.start);
+    for (uint64_t spin = random_below(&random, 2000); spin > 0; spin--)
+        atomic_signal_fence(memory_order_seq_cst);
+    CHECK_EQUAL(ae_write(halves.volume, "b", 1, SECTOR / 2), 1);
+    CHECK_EQUAL(ae_flush(halves.volume), 0);
+    cut = stored;
+    pthread_mutex_lock(&machine.mutex);
+    disk_copy_cut(&stored.data, &cut.data, &random);
+    disk_copy_cut(&stored.bitmap, &cut.bitmap, &random);
+    pthread_mutex_unlock(&machine.mutex);
+    CHECK(pthread_join(thread, NULL) == 0);
+    ae_volume_close(halves.volume, true);
+    ae_layer_release(layer);
+
+    layer = stored_layer_open(&cut, false, false, boot_id);
+    CHECK_EQUAL(ae_volume_open(&layer, 1, SECTOR, false, &halves.volume), 0);
+    char byte;
+    CHECK_EQUAL(ae_read(halves.volume, &byte, 1, SECTOR / 2), 1);
+    CHECK_EQUAL(byte, 'b');
+    ae_volume_close(halves.volume, false);
+    ae_layer_release(layer);
+    pthread_barrier_destroy(&halves.start);
+    stored_layer_free(&cut);
+    stored_layer_free(&stored);
+    machine_stop(&machine);
+}
+
+static void test_halves(void) {
+    for (uint64_t seed = 0; seed < HALVES_ROUNDS; seed++) {
+        check_seed = seed;
+        halves_round(seed);
+    }
+}
+
 int main(void) {
     static const struct test tests[] = {
         {"writers that share sectors, under swaps", test_lanes},
         {"prefixes in snapshots, flushes and power cuts", test_sequence},
         {"growth under swaps", test_growth},
+        {"a bit that a neighbour set", test_halves},
     };
     return run_tests(tests, sizeof tests / sizeof tests[0]);
 }

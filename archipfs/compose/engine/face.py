@@ -5,6 +5,7 @@ gives the engine's object back only when the last one has left; to use it after 
 """
 
 import errno
+import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -63,18 +64,18 @@ class _Handle:
         self._pointer = None
 
 
-def _layer_id_bytes(layer_id: str) -> bytes:
+def _id_bytes(text: str) -> bytes:
     try:
-        return uuid.UUID(layer_id).bytes
+        return uuid.UUID(text).bytes
     except ValueError:
-        raise InvalidInput(f"not a layer or boot id: {layer_id!r}; it takes 32 hexadecimal digits") from None
+        raise InvalidInput(f"not a layer or boot id: {text!r}; it takes 32 hexadecimal digits") from None
 
 
 def format_bitmap(bitmap: DataObject, layer_id: str) -> None:
     """Make a new object the bitmap of an empty layer, durably. It stays open, and the caller's."""
     made = open_object(bitmap, owned=False)
     try:
-        call(f"formatting the bitmap of layer {layer_id}", lib.ae_bitmap_format, made[0], _layer_id_bytes(layer_id))
+        call(f"formatting the bitmap of layer {layer_id}", lib.ae_bitmap_format, made[0], _id_bytes(layer_id))
     finally:
         close_object(made)
 
@@ -106,17 +107,17 @@ class EngineLayer:
         """
         self.layer_id = layer_id
         spec = ffi.new("struct ae_layer_spec *")
-        spec.id = _layer_id_bytes(layer_id)
-        spec.boot_id = _layer_id_bytes(boot_id)
-        spec.parent_visible = parent_visible
-        spec.head = head
-        path = ffi.new("char[]", live_path.encode()) if live_path is not None else ffi.NULL
-        spec.live_path = path
         opened = ffi.new("struct ae_layer **")
-
         with ExitStack() as unopened:
             unopened.callback(bitmap.close)
             unopened.callback(data.close)
+            spec.id = _id_bytes(layer_id)
+            spec.boot_id = _id_bytes(boot_id)
+            spec.parent_visible = _checked(parent_visible)
+            spec.head = head
+            # The C structure does not keep the path alive: this name does.
+            path = ffi.new("char[]", os.fsencode(live_path)) if live_path is not None else ffi.NULL
+            spec.live_path = path
             spec.data = open_object(data, owned=True)[0]
             unopened.callback(close_object, spec.data)
             spec.bitmap = open_object(bitmap, owned=True)[0]
@@ -191,6 +192,7 @@ class EngineVolume:
         """The layers stay the caller's to close; he may do so at once."""
         self._head_id = layers[0].layer_id if layers else "none"
         self._fenced = False
+        self._size_at_close: int | None = None
         opened = ffi.new("struct ae_volume **")
         entered: list[_Handle] = []
         try:
@@ -308,15 +310,22 @@ class EngineVolume:
             ffi.gc(pointer, None)
             attempt(lib.ae_volume_close, pointer, clean)
 
+        if self._size_at_close is None:
+            self._size_at_close = self.size
         self._handle.close(release, hurry=lib.ae_volume_resume)
 
     # Looking
 
     @property
     def size(self) -> int:
-        """In bytes, with what writes beyond the end added."""
-        with self._handle as volume:
-            return int(lib.ae_volume_size(volume))
+        """In bytes, with what writes beyond the end added; once closed, what it was then."""
+        try:
+            with self._handle as volume:
+                return int(lib.ae_volume_size(volume))
+        except ArchipError:
+            if self._size_at_close is None:
+                raise
+            return self._size_at_close
 
     def statistics(self) -> Statistics:
         """What it did since it was opened."""

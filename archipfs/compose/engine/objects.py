@@ -23,6 +23,18 @@ class _ThreadState(threading.local):
     in_call = False
     raised: BaseException | None = None
 
+    def begin(self) -> tuple[bool, BaseException | None]:
+        """Nothing was raised yet. Returns what ``end`` restores: a callback may call the engine in its turn."""
+        outer = self.in_call, self.raised
+        self.in_call, self.raised = True, None
+        return outer
+
+    def end(self, outer: tuple[bool, BaseException | None]) -> BaseException | None:
+        """What was raised since ``begin``."""
+        raised = self.raised
+        self.in_call, self.raised = outer
+        return raised
+
 
 _state = _ThreadState()
 
@@ -41,7 +53,7 @@ _adapters: set[_Adapter] = set()
 
 
 def open_object(data_object: DataObject, *, owned: bool) -> Any:
-    """A ``struct ae_object`` for it; when it is ``owned``, it is closed as soon as the engine has no more use for it.
+    """A ``struct ae_object *`` for it; when it is ``owned``, it is closed as soon as the engine has no more use for it.
 
     The engine keeps a duplicate of a file descriptor, so an owned object that has one is closed at once.
     """
@@ -60,7 +72,7 @@ def open_object(data_object: DataObject, *, owned: bool) -> Any:
 
 
 def close_object(made: Any) -> None:
-    """Close what ``open_object`` returned, if the engine did not take it over."""
+    """Close a ``struct ae_object`` that the engine did not take over."""
     made.ops.close(made.ctx)
 
 
@@ -77,13 +89,11 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[int, Excepti
 
     Something that is no ``Exception`` (``KeyboardInterrupt``) is raised as it is.
     """
-    outer = _state.in_call, _state.raised
-    _state.in_call, _state.raised = True, None
+    outer = _state.begin()
     try:
         result = function(*arguments)
-        raised = _state.raised
     finally:
-        _state.in_call, _state.raised = outer
+        raised = _state.end(outer)
     if raised is not None and not isinstance(raised, Exception):
         raise raised
     return result, raised
@@ -109,7 +119,7 @@ def _run(context: Any, action: Callable[[DataObject], int]) -> int:
         return action(_adapter_of(context).data_object)
     except BaseException as error:
         if not _state.in_call:
-            log.error("a data object failed", exc_info=True)
+            log.exception("a data object failed where no caller can be told")
         elif _state.raised is None or (isinstance(_state.raised, Exception) and not isinstance(error, Exception)):
             _state.raised = error
         return -errno_of(error)

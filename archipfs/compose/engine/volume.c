@@ -121,10 +121,22 @@ void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *
 
 /* Opening and closing */
 
+/* The gate is held for a few instructions: to spin for it is cheaper than to sleep. */
+static int gate_init(pthread_mutex_t *gate) {
+    pthread_mutexattr_t attributes;
+    if (pthread_mutexattr_init(&attributes) != 0)
+        return -ENOMEM;
+    int result = pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ADAPTIVE_NP);
+    if (result == 0)
+        result = pthread_mutex_init(gate, &attributes);
+    pthread_mutexattr_destroy(&attributes);
+    return -result;
+}
+
 static int volume_init_locks(struct ae_volume *volume) {
     if (ae_range_lock_init(&volume->ranges) < 0)
         return -ENOMEM;
-    if (pthread_mutex_init(&volume->gate, NULL) != 0) {
+    if (gate_init(&volume->gate) < 0) {
         ae_range_lock_destroy(&volume->ranges);
         return -ENOMEM;
     }

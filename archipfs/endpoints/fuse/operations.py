@@ -29,13 +29,14 @@ from archipfs.errors import (
     LockHeld,
     NotFound,
     NotSupported,
+    ObjectMissing,
     ReadOnlyVolume,
     errno_of,
 )
 from archipfs.map.mapper import Attributes
 from archipfs.map.names import check_name
 from archipfs.map.records import VolumeRecord
-from archipfs.types import SECTOR_BYTES
+from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES
 
 log = structlog.get_logger()
 
@@ -127,8 +128,10 @@ class VolumeOperations(pyfuse3.Operations):
                 return
         first = max(0, start_id - 2)
         entries = listing[first : first + READDIR_ENTRIES]
-        attributes = await self._run(lambda: [self._attributes(found) for found in entries])
+        attributes = await self._run(lambda: [self._attributes_again(found) for found in entries])
         for index, (found, entry) in enumerate(zip(entries, attributes, strict=True), first):
+            if entry is None:
+                continue
             if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, index + 3):
                 return
             self._inodes.remember(found.record.id)
@@ -233,7 +236,8 @@ class VolumeOperations(pyfuse3.Operations):
             def changed(record: VolumeRecord) -> VolumeRecord:
                 return msgspec.structs.replace(record, **changes)
 
-            await self._run(self._composer.set_attributes, found.record.id, changed)
+            set_attributes = functools.partial(self._composer.set_attributes, sets_mtime=fields.update_mtime)
+            await self._run(set_attributes, found.record.id, changed)
         return await self._run(lambda: self._attributes(self._found(inode)))
 
     @replies
@@ -369,7 +373,25 @@ class VolumeOperations(pyfuse3.Operations):
         self._inodes.remember(found.record.id)
         return attributes
 
-    def _attributes(self, found: Found) -> pyfuse3.EntryAttributes:
+    def _attributes_again(self, found: Found) -> pyfuse3.EntryAttributes | None:
+        """Of a volume listed a while ago, as they are now: an old size would have the kernel cut an open file.
+
+        ``None`` if it was removed. One whose layer is lost is listed all the same.
+        """
+        try:
+            found = self._composer.find_again(found)
+            return self._attributes(found)
+        except NotFound:
+            return None
+        except ObjectMissing as error:
+            try:
+                found = self._composer.find_by_id(found.record.id)
+            except NotFound:
+                return None
+            log.warning("damaged", volume=found.record.name, error=str(error))
+            return self._attributes(found, stored_bytes=0)
+
+    def _attributes(self, found: Found, stored_bytes: int | None = None) -> pyfuse3.EntryAttributes:
         record = found.record
         entry = _new_attributes()
         entry.st_ino = inode_of(record.id)
@@ -377,7 +399,9 @@ class VolumeOperations(pyfuse3.Operations):
         entry.st_nlink = 1 if record.name is not None else 0
         entry.st_uid, entry.st_gid = record.uid, record.gid
         entry.st_size = record.size
-        entry.st_blocks = self._composer.stored_bytes(found) // BLOCK_BYTES
+        if stored_bytes is None:
+            stored_bytes = self._composer.stored_bytes(found)
+        entry.st_blocks = stored_bytes // BLOCK_BYTES
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = record.atime_ns, record.mtime_ns, record.ctime_ns
         return entry
 
@@ -399,6 +423,10 @@ def _new_attributes() -> pyfuse3.EntryAttributes:
 
 
 def _decode(name: bytes) -> str:
+    if len(name) > NAME_BYTES_MAX:
+        raise OSError(
+            errno.ENAMETOOLONG, f"invalid name {name[:24]!r}…: {len(name)} bytes; {NAME_BYTES_MAX} is the most"
+        )
     try:
         return name.decode()
     except UnicodeDecodeError as error:
