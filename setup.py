@@ -1,5 +1,10 @@
-"""Only what setup.cfg cannot say: the C engine is built by cffi."""
+"""Only what setup.cfg cannot say: the C engine and the C front are built by cffi."""
 
 from setuptools import setup
 
-setup(cffi_modules=["archipfs/compose/engine/build_ffi.py:ffibuilder"])
+setup(
+    cffi_modules=[
+        "archipfs/compose/engine/build_ffi.py:ffibuilder",
+        "archipfs/endpoints/fuse/front/build_ffi.py:ffibuilder",
+    ]
+)

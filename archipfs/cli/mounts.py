@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -35,19 +36,27 @@ FINDING_COLUMNS = (Column("severity"), Column("backend"), Column("which"), Colum
 
 WITHOUT_EFFECT = frozenset(
     {"rw", "dev", "nodev", "suid", "nosuid", "exec", "auto", "noauto", "nouser", "async", "noatime", "relatime"}
-    | {"nofail", "_netdev", "defaults", "default_permissions", "front=off"}
+    | {"nofail", "_netdev", "defaults", "default_permissions"}
 )
 """What fstab and mount(8) hand on and does not concern us, and what is so anyway. So is all that begins with ``x-``."""
 
-KNOWN = "root=DIR, config=FILE, allow_other, default_permissions, front=off"
+KNOWN = "root=DIR, config=FILE, front=on|off, threads=N, allow_other, default_permissions"
+THREADS_MAX = 64
 
 
-def parse_mount_options(instance: Instance, texts: Sequence[str]) -> Instance:
-    """Which instance is to be mounted: the one that root= or config= names, else ``instance``.
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    instance: Instance
+    """The one that root= or config= names, else that of the command line."""
+    front: bool = True
+    threads: int | None = None
+    """Of the front, that read requests at a time; ``None``: as many as suits the machine."""
 
-    Raises ``InvalidInput`` for an option that is not known or that cannot be had.
-    """
+
+def parse_mount_options(instance: Instance, texts: Sequence[str]) -> MountOptions:
+    """Raises ``InvalidInput`` for an option that is not known or that cannot be had."""
     places: dict[str, Path] = {}
+    front, threads = True, None
     for option in (option.strip() for text in texts for option in text.split(",")):
         key, _, value = option.partition("=")
         if key in ("root", "config"):
@@ -57,13 +66,18 @@ def parse_mount_options(instance: Instance, texts: Sequence[str]) -> Instance:
         elif option == "allow_other":
             if os.geteuid() != 0:
                 raise InvalidInput("mount option allow_other: only root's mounts are open to others; leave it out")
-        elif option == "front=on":
-            raise InvalidInput("mount option front=on is not in this version; leave it out or give front=off")
+        elif option in ("front=on", "front=off"):
+            front = value == "on"
+        elif key == "threads":
+            if not value.isdecimal() or not 1 <= int(value) <= THREADS_MAX:
+                raise InvalidInput(f"mount option threads={value} is not a number from 1 to {THREADS_MAX}")
+            threads = int(value)
         elif option and option not in WITHOUT_EFFECT and not option.startswith("x-"):
             raise InvalidInput(f"unknown mount option {option!r}; known are {KNOWN}")
     if len(places) > 1:
         raise InvalidInput("mount options root and config exclude each other; give one of them")
-    return Instance(places.get("root"), places.get("config")) if places else instance
+    named = Instance(places.get("root"), places.get("config")) if places else instance
+    return MountOptions(named, front, threads)
 
 
 @click.command("mount")
@@ -78,7 +92,10 @@ def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Seque
     Returns when the mount is ready. The first mount of all makes the default backend.
     """
     mountpoint = mountpoint.absolute()
-    lifecycle.mount(parse_mount_options(instance, options).config(), mountpoint, foreground=foreground)
+    wanted = parse_mount_options(instance, options)
+    lifecycle.mount(
+        wanted.instance.config(), mountpoint, foreground=foreground, front=wanted.front, threads=wanted.threads
+    )
     if not foreground:
         report.done(f"mounted at {mountpoint}", {"mountpoint": str(mountpoint)})
 

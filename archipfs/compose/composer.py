@@ -15,7 +15,7 @@ import structlog
 
 from archipfs.blockers.contract import Space
 from archipfs.compose.layers import LiveBitmaps
-from archipfs.compose.volume import OpenVolume
+from archipfs.compose.volume import EngineUser, OpenVolume
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -83,8 +83,13 @@ class Composer:
         self._default_backend = default_backend
         self._live = live
         self._table = _Table()
+        self._engine_users: list[EngineUser] = []
         self._reclaim_mutex = threading.Lock()
         self._reclaim_wanted = False
+
+    def add_engine_user(self, user: EngineUser) -> None:
+        """Have it told of the engines of all volumes that are opened from now on."""
+        self._engine_users.append(user)
 
     # Looking
 
@@ -193,7 +198,8 @@ class Composer:
         with self._table.changed:
             opened = self._table.volumes.get(found.record.id)
             if opened is None:
-                opened = self._table.volumes[found.record.id] = OpenVolume(found.mapper, self._live, found.record.id)
+                opened = self._make_open(found)
+                self._table.volumes[found.record.id] = opened
             self._table.ever_open.add(found.record.id)
             opened.uses += 1
             return opened
@@ -201,7 +207,7 @@ class Composer:
     def _join_alone(self, found: Found, doing: str) -> OpenVolume:
         """As ``_join``, for a volume that nobody uses; its ``control`` is held already. Raises ``Busy``."""
         volume = found.record.id
-        opened = OpenVolume(found.mapper, self._live, volume)
+        opened = self._make_open(found)
         opened.control.acquire()
         with self._table.changed:
             if not self._table.changed.wait_for(lambda: volume not in self._table.volumes, CLOSING_SECONDS):
@@ -210,6 +216,9 @@ class Composer:
             self._table.ever_open.add(volume)
             opened.uses += 1
         return opened
+
+    def _make_open(self, found: Found) -> OpenVolume:
+        return OpenVolume(found.mapper, self._live, found.record.id, self._engine_users)
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:

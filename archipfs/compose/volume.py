@@ -6,7 +6,9 @@ Reads, writes and flushes take neither of the two.
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -26,10 +28,22 @@ class Frozen:
     size: int
 
 
+class EngineUser(Protocol):
+    """An endpoint whose C code calls engines past us. Told when it may begin to and when it must have ended."""
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        """The volume is served by this engine now, and may grow to ``size_max`` bytes. Must not raise."""
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        """Return when nobody is in a call of its engine any more, nor will be. Must not raise."""
+
+
 class OpenVolume:
     """Counted by the composer, which starts it for the first user and stops it after the last."""
 
-    def __init__(self, mapper: Mapper, live: LiveBitmaps, volume: VolumeId) -> None:
+    def __init__(
+        self, mapper: Mapper, live: LiveBitmaps, volume: VolumeId, engine_users: Sequence[EngineUser] = ()
+    ) -> None:
         self.id = volume
         self.mapper = mapper
         self.uses = 0
@@ -37,10 +51,10 @@ class OpenVolume:
         self.control = threading.RLock()
         """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
         self._live = live
+        self._engine_users = engine_users
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
         self._lease: LockRecord | None = None
-        self._written_ns = 0
 
     # Starting and stopping, by the composer, under ``control``
 
@@ -66,8 +80,9 @@ class OpenVolume:
                 self._record = None
                 raise
         else:
-            self._engine = self._durable_engine(record)
+            engine = self._durable_engine(record)
             self._record = record
+            self._begin(engine)
 
     def own(self) -> None:
         """Take the volume's lock and open it for writing. Raises ``LockHeld`` if another node has it."""
@@ -82,7 +97,7 @@ class OpenVolume:
                 layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, record.visible)
                 try:
                     size = max(record.size, _live_size(layers))
-                    self._engine = EngineVolume(layers, size, writable=True)
+                    engine = EngineVolume(layers, size, writable=True)
                 finally:
                     for layer in layers:
                         layer.close()
@@ -90,6 +105,7 @@ class OpenVolume:
                 self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease = record, lease
+            self._begin(engine)
 
     def stop(self) -> None:
         """Make everything durable, close the layers, give the lock back, and purge the volume if it was removed.
@@ -97,6 +113,7 @@ class OpenVolume:
         When that fails, the live bitmap and the lock stay as a crash would leave them, for the next to open it.
         """
         engine, lease = self._engine, self._lease
+        self._end()
         try:
             if engine is not None and lease is not None and self.record.name is not None:
                 self._stop_writing(engine, lease)
@@ -130,9 +147,20 @@ class OpenVolume:
 
     def abandon(self) -> None:
         """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
+        self._end()
         if self._engine is not None:
             self._engine.close(clean=False)
         self._engine, self._lease, self._record = None, None, None
+
+    def _begin(self, engine: EngineVolume) -> None:
+        self._engine = engine
+        for user in self._engine_users:
+            user.engine_opened(self.id, engine, self.mapper.blocker.data_bytes_max)
+
+    def _end(self) -> None:
+        if self._engine is not None:
+            for user in self._engine_users:
+                user.engine_closing(self.id)
 
     # What it is
 
@@ -164,20 +192,22 @@ class OpenVolume:
         engine, record = self._engine, self._record
         if record is None:
             return None
-        size = engine.size if engine is not None else record.size
-        return msgspec.structs.replace(record, size=size, mtime_ns=max(self._written_ns, record.mtime_ns))
+        if engine is None:
+            return record
+        return msgspec.structs.replace(record, size=engine.size, mtime_ns=max(engine.changed_ns, record.mtime_ns))
 
     @property
     def size(self) -> int:
         return self._engine.size if self._engine is not None else self.record.size
 
     @property
-    def mtime_ns(self) -> int:
-        return max(self._written_ns, self.record.mtime_ns)
+    def _changed_ns(self) -> int:
+        return self._engine.changed_ns if self._engine is not None else 0
 
     def forget_write_time(self) -> None:
         """The record's time of change is set by somebody: earlier writes do not count any more."""
-        self._written_ns = 0
+        if self._engine is not None:
+            self._engine.forget_change()
 
     @property
     def engine(self) -> EngineVolume:
@@ -207,17 +237,13 @@ class OpenVolume:
             engine.close(clean=False)
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
-        written = self.engine.write(offset, data)
-        self._written_ns = time.time_ns()
-        return written
+        return self.engine.write(offset, data)
 
     def discard(self, offset: int, length: int) -> None:
         self.engine.discard(offset, length)
-        self._written_ns = time.time_ns()
 
     def write_zeros(self, offset: int, length: int) -> None:
         self.engine.write_zeros(offset, length)
-        self._written_ns = time.time_ns()
 
     def flush(self) -> None:
         """Make all that returned before durable, the size too. Raises ``Fenced`` once our lock was broken."""
@@ -277,6 +303,7 @@ class OpenVolume:
             engine = self.engine
             now_ns = time.time_ns()
             self._change(layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns)
+            self._end()
             engine.close(clean=True)
             self._engine = None
             self.own()
@@ -316,7 +343,7 @@ class OpenVolume:
 
     def _commit(self, record: VolumeRecord, size: int) -> None:
         """Write size and time of last change to the record if they differ."""
-        mtime_ns = max(self._written_ns, record.mtime_ns)
+        mtime_ns = max(self._changed_ns, record.mtime_ns)
         if size != record.size or mtime_ns != record.mtime_ns:
             self._change(size=size, mtime_ns=mtime_ns)
 

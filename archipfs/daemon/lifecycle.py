@@ -26,7 +26,7 @@ END_SECONDS = 60.0
 READY = "ready"
 
 
-def mount(config: Config, mountpoint: Path, *, foreground: bool) -> None:
+def mount(config: Config, mountpoint: Path, *, foreground: bool, front: bool, threads: int | None) -> None:
     """Mount at ``mountpoint``; return when it is ready, or with ``foreground`` when it ends.
 
     A mount that a crashed daemon left there is taken away first. Raises ``Busy`` for a mount point or a node in use,
@@ -36,9 +36,9 @@ def mount(config: Config, mountpoint: Path, *, foreground: bool) -> None:
     _clear(mountpoint)
     if foreground:
         configure_logs()
-        serve(config, mountpoint, ready=lambda: None)
+        serve(config, mountpoint, front=front, threads=threads, ready=lambda: None)
     else:
-        _start_daemon(config, mountpoint)
+        _start_daemon(config, mountpoint, front=front, threads=threads)
 
 
 def umount(config: Config, mountpoint: Path | None) -> None:
@@ -83,7 +83,13 @@ def run_daemon(arguments: Sequence[str]) -> None:
     )
     pipe = os.fdopen(request["ready_fd"], "w")
     try:
-        serve(config, Path(request["mountpoint"]), ready=lambda: _tell(pipe, READY))
+        serve(
+            config,
+            Path(request["mountpoint"]),
+            front=request["front"],
+            threads=request["threads"],
+            ready=lambda: _tell(pipe, READY),
+        )
     except ArchipError as error:
         if pipe.closed:
             log.error("ended by an error", error=str(error))
@@ -108,7 +114,7 @@ def _clear(mountpoint: Path) -> None:
         raise Busy(f"mount point {mountpoint} is in use: {fs_type} is mounted there; unmount it or choose another")
 
 
-def _start_daemon(config: Config, mountpoint: Path) -> None:
+def _start_daemon(config: Config, mountpoint: Path, *, front: bool, threads: int | None) -> None:
     make_directory(config.state_dir)
     log_path = config.state_dir / "daemon.log"
     reading, writing = os.pipe()
@@ -118,6 +124,8 @@ def _start_daemon(config: Config, mountpoint: Path) -> None:
                 "root": str(config.root) if config.root else None,
                 "config": str(config.path) if config.path.exists() else None,
                 "mountpoint": str(mountpoint),
+                "front": front,
+                "threads": threads,
                 "ready_fd": writing,
             }
         )

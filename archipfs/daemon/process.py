@@ -25,8 +25,12 @@ log = structlog.get_logger()
 HOUSEKEEPING_SECONDS = 1.0
 
 
-def serve(config: Config, mountpoint: Path, *, ready: Callable[[], None]) -> None:
+def serve(
+    config: Config, mountpoint: Path, *, front: bool, threads: int | None, ready: Callable[[], None]
+) -> None:
     """Mount at ``mountpoint`` and serve it; ``ready`` is called once it can be used.
+
+    ``front``: with the native front, and so many threads in it, or as many as suits the machine.
 
     Returns when it was unmounted, or stopped by SIGTERM or SIGINT; everything is flushed by then.
     """
@@ -35,21 +39,22 @@ def serve(config: Config, mountpoint: Path, *, ready: Callable[[], None]) -> Non
         if not config.backends:
             config = create_default_backend(config)
         with open_node(config) as node:
-            trio.run(_serve, node, mountpoint, ready)
+            trio.run(_serve, node, Mount(node.composer, mountpoint, front=front, threads=threads), ready)
             notify("STOPPING=1")
     log.info("ended", mountpoint=str(mountpoint))
 
 
-async def _serve(node: Node, mountpoint: Path, ready: Callable[[], None]) -> None:
+async def _serve(node: Node, mount: Mount, ready: Callable[[], None]) -> None:
     started = time.monotonic()
-    with Mount(node.composer, mountpoint) as mount:
+    mountpoint = mount.mountpoint
+    with mount:
 
         def status() -> Mapping[str, Any]:
             return {
                 "mountpoint": str(mountpoint),
                 "daemon_pid": os.getpid(),
                 "supervisor_pid": None,
-                "front": "off",
+                "front": "on" if mount.front is not None else "off",
                 "backends": list(node.config.backends),
                 "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
                 "uptime": time.monotonic() - started,

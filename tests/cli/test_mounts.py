@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from archipfs.cli.instance import Instance
-from archipfs.cli.mounts import parse_mount_options
+from archipfs.cli.mounts import MountOptions, parse_mount_options
 from archipfs.config import Config
 from archipfs.errors import InvalidInput
 from tests.cli.conftest import Cli
@@ -19,7 +19,7 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path, bool]]:
     """What was asked to be mounted; nothing is."""
     asked: list[tuple[Config, Path, bool]] = []
 
-    def mount(config: Config, mountpoint: Path, *, foreground: bool) -> None:
+    def mount(config: Config, mountpoint: Path, *, foreground: bool, front: bool, threads: int | None) -> None:
         asked.append((config, mountpoint, foreground))
 
     monkeypatch.setattr("archipfs.daemon.lifecycle.mount", mount)
@@ -49,7 +49,8 @@ def test_mount_as_fstab_spells_it(archip: Cli, root: Path, mounted: list[Any]) -
     [
         ("colour=red", "'colour=red'"),
         ("rw,ro", "'ro'"),
-        ("front=on", "not in this version"),
+        ("threads=0", "threads=0"),
+        ("threads=many", "1 to 64"),
         ("front=maybe", "'front=maybe'"),
         ("root=", "root has no value"),
         ("config", "config has no value"),
@@ -64,15 +65,16 @@ def test_wrong_option(cli: Cli, mounted: list[Any], options: str, mention: str) 
 
 def test_options() -> None:
     here = Instance(Path("/here"))
-    assert parse_mount_options(here, []) == here
-    assert parse_mount_options(here, ["rw,,front=off, default_permissions", ""]) == here
-    assert parse_mount_options(here, ["root=/there"]) == Instance(Path("/there"))
-    assert parse_mount_options(here, ["config=/a=b"]) == Instance(None, Path("/a=b"))
+    assert parse_mount_options(here, []) == MountOptions(here, front=True, threads=None)
+    assert parse_mount_options(here, ["rw,,front=off, default_permissions", ""]) == MountOptions(here, front=False)
+    assert parse_mount_options(here, ["front=off", "front=on,threads=3"]) == MountOptions(here, front=True, threads=3)
+    assert parse_mount_options(here, ["root=/there"]) == MountOptions(Instance(Path("/there")))
+    assert parse_mount_options(here, ["config=/a=b"]) == MountOptions(Instance(None, Path("/a=b")))
 
 
 def test_only_roots_mounts_are_open_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert parse_mount_options(Instance(), ["allow_other"]) == Instance()
+    assert parse_mount_options(Instance(), ["allow_other"]) == MountOptions(Instance())
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(InvalidInput, match="allow_other"):
         parse_mount_options(Instance(), ["allow_other"])

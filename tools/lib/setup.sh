@@ -58,7 +58,7 @@ make_venv() {
 
 # One line for the content of files and folders, to see whether anything changed. What a build leaves behind is not counted.
 fingerprint() { # PATH...
-    find "$@" -type f ! -name '*.pyc' ! -name '*.so' ! -name '_engine.c' ! -path '*.egg-info/*' -print0 2>/dev/null |
+    find "$@" -type f ! -name '*.pyc' ! -name '*.so' ! -name '_engine.c' ! -name '_front.c' ! -path '*.egg-info/*' -print0 2>/dev/null |
         sort -z | xargs -0 -r sha256sum | sha256sum | cut -d ' ' -f 1
 }
 

@@ -108,6 +108,8 @@ ssize_t ae_write(struct ae_volume *volume, const void *buffer, size_t length, ui
 /* Both make the range read as zeros and give its space back; clipped to the volume's size. */
 int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length);
 int ae_write_zeros(struct ae_volume *volume, uint64_t offset, uint64_t length);
+/* Make the volume at least `size` bytes large; what is added reads as zeros. May run beside everything else. */
+int ae_grow(struct ae_volume *volume, uint64_t size);
 /* The first data (hole) at or after `offset`; -ENXIO as lseek(2) has it: the end of the volume is a hole. */
 int64_t ae_seek_data(struct ae_volume *volume, uint64_t offset);
 int64_t ae_seek_hole(struct ae_volume *volume, uint64_t offset);
@@ -135,6 +137,10 @@ int ae_volume_resize(struct ae_volume *volume, uint64_t size);
 void ae_volume_fence(struct ae_volume *volume);
 
 uint64_t ae_volume_size(const struct ae_volume *volume);
+/* When a write, discard or growth last changed it: nanoseconds since 1970, 0 if none did since it was opened. */
+uint64_t ae_volume_changed_ns(const struct ae_volume *volume);
+/* As if nothing had changed it yet: somebody set the time of change. */
+void ae_volume_forget_change(struct ae_volume *volume);
 
 struct ae_statistics {
     uint64_t reads, read_bytes;
@@ -147,5 +153,19 @@ struct ae_statistics {
 };
 
 void ae_volume_statistics(struct ae_volume *volume, struct ae_statistics *statistics);
+
+/* What an endpoint in another module calls of the above. It is handed this table, and so needs no engine of its own. */
+struct ae_calls {
+    ssize_t (*read)(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
+    ssize_t (*read_nowait)(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
+    ssize_t (*write)(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset);
+    int (*discard)(struct ae_volume *volume, uint64_t offset, uint64_t length);
+    int (*write_zeros)(struct ae_volume *volume, uint64_t offset, uint64_t length);
+    int (*grow)(struct ae_volume *volume, uint64_t size);
+    int64_t (*seek_data)(struct ae_volume *volume, uint64_t offset);
+    int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
+};
+
+const struct ae_calls *ae_calls(void);
 
 #endif

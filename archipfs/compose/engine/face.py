@@ -192,7 +192,7 @@ class EngineVolume:
         """The layers stay the caller's to close; he may do so at once."""
         self._head_id = layers[0].layer_id if layers else "none"
         self._fenced = False
-        self._size_at_close: int | None = None
+        self._at_close: tuple[int, int] | None = None
         opened = ffi.new("struct ae_volume **")
         entered: list[_Handle] = []
         try:
@@ -310,8 +310,8 @@ class EngineVolume:
             ffi.gc(pointer, None)
             attempt(lib.ae_volume_close, pointer, clean)
 
-        if self._size_at_close is None:
-            self._size_at_close = self.size
+        if self._at_close is None:
+            self._at_close = self.size, self.changed_ns
         self._handle.close(release, hurry=lib.ae_volume_resume)
 
     # Looking
@@ -323,9 +323,33 @@ class EngineVolume:
             with self._handle as volume:
                 return int(lib.ae_volume_size(volume))
         except ArchipError:
-            if self._size_at_close is None:
+            if self._at_close is None:
                 raise
-            return self._size_at_close
+            return self._at_close[0]
+
+    @property
+    def changed_ns(self) -> int:
+        """When its content last changed, 0 if it did not since it was opened; once closed, what it was then."""
+        try:
+            with self._handle as volume:
+                return int(lib.ae_volume_changed_ns(volume))
+        except ArchipError:
+            if self._at_close is None:
+                raise
+            return self._at_close[1]
+
+    def forget_change(self) -> None:
+        """As if nothing had changed it yet: somebody set the time of change."""
+        with self._handle as volume:
+            lib.ae_volume_forget_change(volume)
+
+    def address(self) -> int:
+        """Where the engine's volume lies, for C code that calls it past us, by the table at ``calls_address``.
+
+        Whoever takes it must have done with it before ``close``.
+        """
+        with self._handle as volume:
+            return int(ffi.cast("uintptr_t", volume))
 
     def statistics(self) -> Statistics:
         """What it did since it was opened."""
@@ -352,6 +376,11 @@ class EngineVolume:
                     f"{doing}: our lock was broken, this process writes no more; open the volume anew"
                 ) from error
             raise
+
+
+def calls_address() -> int:
+    """Where the ``struct ae_calls`` lies: the engine's calls, for C code in another module."""
+    return int(ffi.cast("uintptr_t", lib.ae_calls()))
 
 
 def _checked(number: int) -> int:

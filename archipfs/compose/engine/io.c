@@ -160,6 +160,7 @@ ssize_t ae_write(struct ae_volume *volume, const void *buffer, size_t length, ui
     if (result == 0 && length > 0) {
         outcome.written_bytes = length;
         outcome.written_end = offset + length;
+        outcome.changed = true;
     }
     ae_call_end(volume, stack, &outcome);
     return result < 0 ? result : (ssize_t)length;
@@ -241,14 +242,32 @@ int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length) {
             target_release(&target);
         }
     }
-    if (result == 0)
+    if (result == 0) {
         outcome.discarded_bytes = count;
+        outcome.changed = count > 0;
+    }
     ae_call_end(volume, stack, &outcome);
     return result;
 }
 
 int ae_write_zeros(struct ae_volume *volume, uint64_t offset, uint64_t length) {
     return ae_discard(volume, offset, length);
+}
+
+int ae_grow(struct ae_volume *volume, uint64_t size) {
+    struct ae_stack *stack;
+    int result = ae_call_begin(volume, AE_CALL_WRITE, &stack);
+    if (result < 0)
+        return result;
+    struct ae_outcome outcome = {0};
+    if (size > AE_SIZE_MAX) {
+        result = -EFBIG;
+    } else if (size > atomic_load(&volume->size)) {
+        outcome.written_end = size;
+        outcome.changed = true;
+    }
+    ae_call_end(volume, stack, &outcome);
+    return result;
 }
 
 /* Seeking */
@@ -305,3 +324,19 @@ static int64_t seek_call(struct ae_volume *volume, uint64_t offset, bool data) {
 int64_t ae_seek_data(struct ae_volume *volume, uint64_t offset) { return seek_call(volume, offset, true); }
 
 int64_t ae_seek_hole(struct ae_volume *volume, uint64_t offset) { return seek_call(volume, offset, false); }
+
+/* For others */
+
+const struct ae_calls *ae_calls(void) {
+    static const struct ae_calls calls = {
+        .read = ae_read,
+        .read_nowait = ae_read_nowait,
+        .write = ae_write,
+        .discard = ae_discard,
+        .write_zeros = ae_write_zeros,
+        .grow = ae_grow,
+        .seek_data = ae_seek_data,
+        .seek_hole = ae_seek_hole,
+    };
+    return &calls;
+}

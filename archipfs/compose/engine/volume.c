@@ -17,6 +17,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <time.h>
 
 static void wait_for_change(struct ae_volume *volume) {
     volume->waiting++;
@@ -92,7 +93,16 @@ static void count_outcome(struct ae_statistics *counts, const struct ae_outcome 
     counts->fills += outcome->fills;
 }
 
+/* The clock that file systems use for this: a few milliseconds coarse, and for that it costs next to nothing. */
+static void note_change(struct ae_volume *volume) {
+    struct timespec now;
+    if (clock_gettime(CLOCK_REALTIME_COARSE, &now) == 0)
+        atomic_store(&volume->changed_ns, (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec);
+}
+
 void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct ae_outcome *outcome) {
+    if (outcome->changed)
+        note_change(volume);
     pthread_mutex_lock(&volume->gate);
     count_outcome(&volume->counts, outcome);
     if (stack == volume->draining && outcome->written_end > volume->draining_size)
@@ -186,6 +196,7 @@ int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, 
     volume->current = stack;
     volume->writable = writable;
     atomic_init(&volume->size, size);
+    atomic_init(&volume->changed_ns, 0);
     atomic_init(&volume->failed, 0);
     if (writable) {
         hide_parent(layers[0], size);
@@ -338,6 +349,10 @@ int ae_flush(struct ae_volume *volume) {
 /* Looking */
 
 uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
+
+uint64_t ae_volume_changed_ns(const struct ae_volume *volume) { return atomic_load(&volume->changed_ns); }
+
+void ae_volume_forget_change(struct ae_volume *volume) { atomic_store(&volume->changed_ns, 0); }
 
 void ae_volume_statistics(struct ae_volume *volume, struct ae_statistics *statistics) {
     pthread_mutex_lock(&volume->gate);

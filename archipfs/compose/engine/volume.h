@@ -26,6 +26,7 @@ struct ae_volume {
 
     bool writable;
     _Atomic uint64_t size;
+    _Atomic uint64_t changed_ns;
     atomic_int failed;
     struct ae_range_lock ranges;
 };
@@ -39,6 +40,7 @@ struct ae_outcome {
     uint64_t discards, discarded_bytes;
     uint64_t fills;
     uint64_t written_end; /* 0, or where a write ended */
+    bool changed;
 };
 
 /* Go through the gate; every 0 is followed by one ae_call_end. */

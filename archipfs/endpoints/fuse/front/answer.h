@@ -1,0 +1,32 @@
+/* Answering the kernel, and serving what the engine can serve. */
+#ifndef ARCHIPFS_FRONT_ANSWER_H
+#define ARCHIPFS_FRONT_ANSWER_H
+
+#include "table.h"
+#include "wire.h"
+
+struct ae_calls;
+
+/* `error` is 0 or a negative errno; with one, there is no data. A request that is gone meanwhile needs no answer. */
+void af_answer(int device, uint64_t unique, int error, const void *data, size_t length);
+/* Hand an answer or a notification on as it is. */
+void af_answer_whole(int device, const void *message, size_t length);
+
+/* Whether the front serves this kind of request by itself. */
+bool af_is_served(enum af_kind kind);
+
+/* Serves, which may wait for a disk; a read uses `buffer`, which has room for it, and `*answer` is what to send of it. */
+struct af_result {
+    int error;
+    const void *data;
+    size_t length;
+    uint64_t body[1]; /* what `data` points at where it is not the buffer */
+};
+
+/* A read that memory can answer; false if it would wait. */
+bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
+                     void *buffer, struct af_result *result);
+void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
+              void *buffer, struct af_result *result);
+
+#endif

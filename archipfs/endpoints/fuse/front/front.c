@@ -1,0 +1,312 @@
+/*
+ * The threads and how messages pass between them:
+ *
+ *   /dev/fuse ─▶ servers (seats.h) ─▶ engine ─▶ /dev/fuse
+ *                   │ what is not served here
+ *                   ▼
+ *                socket ─▶ libfuse ─▶ socket ─▶ relay ─▶ /dev/fuse
+ *                                                 │ notifications
+ *                                                 ▼
+ *                                               notifier ─▶ /dev/fuse
+ *
+ * The notifier is a thread of its own because the kernel may wait, inside the write of a notification, for a request
+ * whose answer has yet to pass the relay.
+ *
+ * FUSE_INTERRUPT is dropped: pyfuse3 has no use for it, and what is served here ends soon by itself.
+ *
+ * Locks: those of table.c, pending.c and seats.c, each held for a few instructions and never one inside another.
+ */
+#include "front.h"
+
+#include "answer.h"
+#include "pending.h"
+#include "seats.h"
+
+#include <errno.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+/* The header of a WRITE goes before its data, so that the data is aligned to a page. */
+#define WRITE_HEADER_BYTES (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in))
+/* Room for an answer's header beside its data. */
+#define ANSWER_HEADER_BYTES 4096u
+
+struct af_front {
+    struct af_options options;
+    size_t page_bytes;
+    int ended_fd;
+    int notes[2]; /* the relay's end, the notifier's end */
+    char *relay_buffer;
+    char *notifier_buffer;
+    struct af_offer offer; /* written by whoever reads INIT, before libfuse can answer anything */
+    struct af_table table;
+    struct af_pending pending;
+    struct af_seats seats;
+    pthread_t relay;
+    pthread_t notifier;
+};
+
+/* Servers */
+
+static void count(_Atomic uint64_t *counter) {
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
+}
+
+/* The kernel allows for an error here that is not FUSE's own; libfuse would answer ENOSYS, which it takes for good. */
+static int refusal_of(enum af_kind kind) {
+    switch (kind) {
+    case AF_ALLOCATE:
+    case AF_PUNCH:
+    case AF_ZERO:
+    case AF_SEEK_DATA:
+    case AF_SEEK_HOLE:
+        return -EOPNOTSUPP;
+    default:
+        return 0;
+    }
+}
+
+static void forward(struct af_front *front, const struct af_request *request, char *message, size_t length) {
+    int error = refusal_of(request->kind);
+    if (request->kind == AF_INIT && !af_adjust_init_request(message, length, &front->offer))
+        error = -EPROTO;
+    bool adjusted = request->kind == AF_INIT || request->direct;
+    if (error == 0 && adjusted)
+        error = af_pending_add(&front->pending, request->unique, request->kind);
+    if (error == 0) {
+        ssize_t sent;
+        do
+            sent = send(front->options.socket, message, length, MSG_NOSIGNAL);
+        while (sent < 0 && errno == EINTR);
+        if (sent >= 0)
+            return;
+        error = errno == EPIPE || errno == ECONNRESET ? -ENOTCONN : -EIO;
+        if (adjusted)
+            (void)af_pending_take(&front->pending, request->unique);
+    }
+    if (request->answered)
+        af_answer(front->options.device, request->unique, error, NULL, 0);
+}
+
+static bool serve(struct af_server *server, const struct af_request *request, char *buffer) {
+    struct af_front *front = server->context;
+    struct af_entry *entry = af_is_served(request->kind) ? af_table_enter(&front->table, request->node) : NULL;
+    if (entry == NULL)
+        return false;
+    struct af_result result;
+    if (request->kind != AF_READ) {
+        af_serve(front->options.engine, entry, request, buffer, &result);
+    } else if (!af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
+        af_call_waits(server);
+        af_serve(front->options.engine, entry, request, buffer, &result);
+    }
+    af_table_leave(&front->table, entry);
+    af_answer(front->options.device, request->unique, result.error, result.data, result.length);
+    return true;
+}
+
+static void handle(struct af_server *server, char *message, size_t length) {
+    struct af_front *front = server->context;
+    struct af_request request;
+    int error = af_parse(message, length, front->options.request_bytes, &request);
+    if (error == -EBADMSG || (error == 0 && request.kind == AF_INTERRUPT))
+        return;
+    if (error < 0) {
+        if (request.answered)
+            af_answer(front->options.device, request.unique, error, NULL, 0);
+        return;
+    }
+    /* The request was read whole: what a read finds goes over it. */
+    if (serve(server, &request, server->buffer + front->page_bytes)) {
+        count(&server->served);
+    } else {
+        forward(front, &request, message, length);
+        count(&server->forwarded);
+    }
+}
+
+static void run_server(struct af_server *server) {
+    struct af_front *front = server->context;
+    char *message = server->buffer + front->page_bytes - WRITE_HEADER_BYTES;
+    size_t room = WRITE_HEADER_BYTES + front->options.request_bytes;
+    while (!af_seats_stopping(server->seats)) {
+        int state;
+        pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &state);
+        ssize_t length = read(front->options.device, message, room);
+        int error = length < 0 ? errno : 0;
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
+        if (error == 0) {
+            af_call_begin(server);
+            handle(server, message, (size_t)length);
+            af_call_end(server);
+        } else if (error != EINTR && error != EAGAIN && error != ENOENT) {
+            (void)!write(front->ended_fd, &(uint64_t){1}, sizeof(uint64_t));
+            return;
+        }
+    }
+}
+
+/* The way back */
+
+static size_t relay_room(const struct af_front *front) { return front->options.request_bytes + ANSWER_HEADER_BYTES; }
+
+/* The next message, 0 at the end. */
+static size_t receive(int socket, char *buffer, size_t room) {
+    for (;;) {
+        ssize_t length = recv(socket, buffer, room, 0);
+        if (length >= 0)
+            return (size_t)length;
+        if (errno != EINTR)
+            return 0;
+    }
+}
+
+static void relay_answer(struct af_front *front, char *message, size_t length, uint64_t unique) {
+    enum af_kind kind = af_pending_take(&front->pending, unique);
+    if (kind == AF_INIT)
+        (void)af_adjust_init_answer(message, length, &front->offer, front->options.request_bytes);
+    else if (kind != AF_OTHER)
+        (void)af_adjust_open_answer(message, length, kind == AF_CREATE, &front->offer);
+    af_answer_whole(front->options.device, message, length);
+}
+
+static void *run_relay(void *argument) {
+    struct af_front *front = argument;
+    size_t length;
+    while ((length = receive(front->options.socket, front->relay_buffer, relay_room(front))) > 0) {
+        struct fuse_out_header header;
+        if (length < sizeof header)
+            continue;
+        memcpy(&header, front->relay_buffer, sizeof header);
+        if (header.unique != 0)
+            relay_answer(front, front->relay_buffer, length, header.unique);
+        else
+            (void)!send(front->notes[0], front->relay_buffer, length, MSG_NOSIGNAL);
+    }
+    return NULL;
+}
+
+static void *run_notifier(void *argument) {
+    struct af_front *front = argument;
+    size_t length;
+    while ((length = receive(front->notes[1], front->notifier_buffer, relay_room(front))) > 0)
+        af_answer_whole(front->options.device, front->notifier_buffer, length);
+    return NULL;
+}
+
+/* Starting and stopping */
+
+static void free_front(struct af_front *front) {
+    if (front->ended_fd >= 0)
+        close(front->ended_fd);
+    for (int i = 0; i < 2; i++)
+        if (front->notes[i] >= 0)
+            close(front->notes[i]);
+    free(front->relay_buffer);
+    free(front->notifier_buffer);
+    free(front);
+}
+
+static struct af_front *make_front(const struct af_options *options) {
+    struct af_front *front = aligned_alloc(alignof(struct af_front), sizeof *front);
+    if (front == NULL)
+        return NULL;
+    *front = (struct af_front){
+        .options = *options,
+        .page_bytes = (size_t)sysconf(_SC_PAGESIZE),
+        .ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+        .notes = {-1, -1},
+    };
+    front->relay_buffer = malloc(relay_room(front));
+    front->notifier_buffer = malloc(relay_room(front));
+    bool paired = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, front->notes) == 0;
+    if (front->ended_fd < 0 || !paired || front->relay_buffer == NULL || front->notifier_buffer == NULL) {
+        free_front(front);
+        return NULL;
+    }
+    return front;
+}
+
+static void stop_receiver(int socket, pthread_t thread) {
+    shutdown(socket, SHUT_RDWR);
+    pthread_join(thread, NULL);
+}
+
+/* Everything that has a thread, from the last to the first; what was started already is stopped when one fails. */
+static int start_threads(struct af_front *front) {
+    int result = af_start_thread(&front->notifier, run_notifier, front);
+    if (result < 0)
+        return result;
+    result = af_start_thread(&front->relay, run_relay, front);
+    if (result == 0) {
+        size_t buffer_bytes = front->page_bytes + front->options.request_bytes;
+        result = af_seats_start(&front->seats, front->options.seats, buffer_bytes, run_server, front);
+        if (result == 0)
+            return 0;
+        stop_receiver(front->options.socket, front->relay);
+    }
+    stop_receiver(front->notes[0], front->notifier);
+    return result;
+}
+
+int af_front_start(const struct af_options *options, struct af_front **started) {
+    uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+    if (options->request_bytes == 0 || options->request_bytes % page_bytes != 0)
+        return -EINVAL;
+    struct af_front *front = make_front(options);
+    if (front == NULL)
+        return -ENOMEM;
+    int result = af_table_init(&front->table);
+    if (result == 0) {
+        result = af_pending_init(&front->pending);
+        if (result == 0) {
+            result = start_threads(front);
+            if (result == 0) {
+                *started = front;
+                return 0;
+            }
+            af_pending_destroy(&front->pending);
+        }
+        af_table_destroy(&front->table);
+    }
+    free_front(front);
+    return result;
+}
+
+int af_front_ended_fd(const struct af_front *front) { return front->ended_fd; }
+
+int af_front_register(struct af_front *front, uint64_t node, struct ae_volume *volume, uint64_t size_max) {
+    return af_table_add(&front->table, node, volume, size_max);
+}
+
+void af_front_unregister(struct af_front *front, uint64_t node) { af_table_remove(&front->table, node); }
+
+void af_front_drain(struct af_front *front) {
+    /* Wakes those who wait for room in the socket. libfuse's answers still come through. */
+    shutdown(front->options.socket, SHUT_WR);
+    af_seats_stop(&front->seats);
+}
+
+void af_front_stop(struct af_front *front) {
+    af_front_drain(front);
+    stop_receiver(front->options.socket, front->relay);
+    stop_receiver(front->notes[0], front->notifier);
+    af_seats_destroy(&front->seats);
+    af_pending_destroy(&front->pending);
+    af_table_destroy(&front->table);
+    free_front(front);
+}
+
+void af_front_statistics(struct af_front *front, struct af_statistics *statistics) {
+    *statistics = (struct af_statistics){.volumes = af_table_count(&front->table)};
+    for (uint32_t i = 0; i < AF_THREADS_MAX; i++) {
+        struct af_server *server = &front->seats.servers[i];
+        statistics->served += atomic_load_explicit(&server->served, memory_order_relaxed);
+        statistics->forwarded += atomic_load_explicit(&server->forwarded, memory_order_relaxed);
+    }
+    statistics->threads = af_seats_threads(&front->seats);
+}

@@ -1,0 +1,56 @@
+/*
+ * The front: threads on /dev/fuse that answer READ, WRITE, FALLOCATE and LSEEK of open volumes out of their engines, and
+ * hand all other requests to libfuse (and so to pyfuse3) over a SOCK_SEQPACKET pair, one message a request or answer.
+ *
+ * Plain C11: no Python, no globals. Results are 0 or a negative errno.
+ */
+#ifndef ARCHIPFS_FRONT_H
+#define ARCHIPFS_FRONT_H
+
+#include <stdint.h>
+
+#define AF_THREADS_MAX 64u
+
+struct ae_calls;
+struct ae_volume;
+struct af_front;
+
+struct af_options {
+    int device;             /* /dev/fuse, mounted; stays the caller's, and open until af_front_stop has returned */
+    int socket;             /* our end of the pair; the same */
+    uint32_t seats;         /* threads that read requests at a time: 1 to AF_THREADS_MAX */
+    uint32_t request_bytes; /* of data in a READ or WRITE at most: a multiple of the page size */
+    const struct ae_calls *engine;
+};
+
+int af_front_start(const struct af_options *options, struct af_front **front);
+
+/* Readable as soon as the kernel has ended the connection: unmounted, or aborted. */
+int af_front_ended_fd(const struct af_front *front);
+
+/*
+ * From now on answer requests for `node` out of `volume`, which may grow to `size_max` bytes. -EEXIST: it is known
+ * already. When this fails, libfuse goes on getting those requests.
+ */
+int af_front_register(struct af_front *front, uint64_t node, struct ae_volume *volume, uint64_t size_max);
+/* Waits until no request is inside the volume any more. Of a node that is not known, nothing. */
+void af_front_unregister(struct af_front *front, uint64_t node);
+
+/* Requests under way in the engine are answered, and no more are read. libfuse gets no more. */
+void af_front_drain(struct af_front *front);
+/*
+ * Drains, ends all threads and frees the front. End the connection before (umount2 with MNT_FORCE does): a notification
+ * may be waiting in the kernel for a request that nobody will answer any more.
+ */
+void af_front_stop(struct af_front *front);
+
+struct af_statistics {
+    uint64_t served;    /* requests answered here */
+    uint64_t forwarded; /* requests handed to libfuse */
+    uint64_t volumes;   /* registered now */
+    uint64_t threads;   /* that read and serve requests, those without a seat too */
+};
+
+void af_front_statistics(struct af_front *front, struct af_statistics *statistics);
+
+#endif

@@ -1,0 +1,64 @@
+/*
+ * FUSE requests as they come from the kernel: what we look at of them, checked. Pure: no I/O, no state.
+ * The structures are those of <linux/fuse.h>, in the machine's byte order.
+ */
+#ifndef ARCHIPFS_FRONT_WIRE_H
+#define ARCHIPFS_FRONT_WIRE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum af_kind {
+    AF_READ,
+    AF_WRITE,
+    AF_ALLOCATE,  /* the space is there as soon as it is written to; grows unless `keeps_size` */
+    AF_PUNCH,     /* back to zeros, and the space back to the store */
+    AF_ZERO,      /* back to zeros; grows unless `keeps_size` */
+    AF_SEEK_DATA,
+    AF_SEEK_HOLE,
+    AF_INIT,
+    AF_OPEN,
+    AF_CREATE,
+    AF_INTERRUPT,
+    AF_OTHER,
+};
+
+struct af_request {
+    enum af_kind kind;
+    bool answered; /* whether the kernel waits for an answer: not for FORGET */
+    bool keeps_size;
+    bool direct; /* OPEN, CREATE: with O_DIRECT */
+    uint64_t unique;
+    uint64_t node;
+    uint64_t offset;
+    uint64_t length;
+    const void *data; /* WRITE: `length` bytes, inside the buffer */
+};
+
+/*
+ * Read the request that fills `buffer`; `data_bytes_max` is the most that a READ or WRITE may carry.
+ *
+ * 0; -EBADMSG if not even the header is whole, so that nobody can be answered; else the error that the request is to be
+ * answered with, and `request` has `unique` and `answered`.
+ */
+int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct af_request *request);
+
+/*
+ * Adjusting what passes between kernel and libfuse. All return false, and change nothing, if the message is not whole.
+ */
+
+/* What the kernel offered. */
+struct af_offer {
+    uint64_t flags;
+    bool whole; /* false: no INIT has been seen */
+};
+
+/* The kernel's INIT, on its way to libfuse: it can splice neither from nor to a socket. */
+bool af_adjust_init_request(void *buffer, size_t length, struct af_offer *offer);
+/* libfuse's answer to INIT: ask for what the front makes use of, as far as it was offered. */
+bool af_adjust_init_answer(void *buffer, size_t length, const struct af_offer *offer, uint32_t data_bytes_max);
+/* The answer to an O_DIRECT open: past the page cache, and several writes at once. */
+bool af_adjust_open_answer(void *buffer, size_t length, bool create, const struct af_offer *offer);
+
+#endif
