@@ -12,7 +12,7 @@ import msgspec
 
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
-from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume
+from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
@@ -311,7 +311,14 @@ class OpenVolume:
             raise
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
-        self._verify(engine, lease)
+        try:
+            self._verify(engine, lease)
+        except Fenced:
+            raise
+        except StoreError:
+            # A store that cannot be read may also have forgotten what was not durable yet.
+            engine.fail()
+            raise
         engine.flush()
 
     def _commit(self, record: VolumeRecord, size: int) -> None:

@@ -43,9 +43,16 @@ def mount_type(mountpoint: Path) -> str | None:
 
 
 def process_lives(pid: int) -> bool:
-    """Whether the process runs; one that is dead and not reaped yet does not."""
+    """Whether a thread of the process runs; one that is dead and not reaped yet does not.
+
+    The first thread may be dead for long while another one hangs in a system call and keeps the files open.
+    """
+    return any(_thread_lives(task) for task in Path(f"/proc/{pid}/task").glob("*"))
+
+
+def _thread_lives(task: Path) -> bool:
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        status = (task / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
