@@ -238,17 +238,20 @@ class OpenVolume:
         """
         with self.control:
             engine, lease, record = self.engine, self._owned_lease(), self.record
-            self._verify(engine, lease)
+            # What a shrink cut off the head must be gone for good before the head becomes a parent, which is not cut
+            # when it is opened. It also leaves little to do for the flush below.
+            self._flush(engine, lease)
             self.mapper.limit_parent(record.layer, record.visible)
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
                 try:
-                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX)
+                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX, mtime_ns=self.mtime_ns)
                     size = engine.swap_head(layer)
                 finally:
                     layer.close()
                 engine.flush()
-            self._commit(self.record, engine.size)
+            if engine.size != self.record.size:
+                self._commit(self.record, engine.size)
             return Frozen(record.layer, size)
 
     def resize(self, size: int) -> None:
