@@ -334,6 +334,9 @@ class Composer:
             try:
                 self._rename(found, name, new_name, replace=replace)
                 return
+            except AlreadyExists:
+                if not replace:
+                    raise  # else it was made meanwhile
             except (Conflict, NotFound):
                 continue  # one of the two was renamed or removed meanwhile, or is not there at all: ``find`` says so
 

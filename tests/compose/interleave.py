@@ -147,5 +147,5 @@ def every_second(limit: int) -> Callable[[int], Iterator[int]]:
 
 
 def whole_second(first: int) -> Iterator[int]:
-    """All of the second operation within the first; and two cuts that depend on where."""
-    return iter((NEVER, 3 + first % 5, 9 + first % 7))
+    """All of the second operation within the first; and a cut that depends on where."""
+    return iter((NEVER, 3 + 5 * first % 11))

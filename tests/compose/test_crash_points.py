@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
+from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.compose.composer import Composer
 from archipfs.map.records import Kind, VolumeRecord
 from archipfs.types import SECTOR_BYTES
@@ -352,12 +352,13 @@ def test_crash_in_the_recovery_from_a_crash(name: str, tmp_path: Path) -> None:
     """Recovery too may be cut short at any of its calls, and is begun anew."""
     for run in runs(tmp_path, CASES[name], Moment.AFTER):
         for number in itertools.count(1):
-            blocker = FaultBlocker(run.world.store, FaultPlan(number, crash_at=number, moment=Moment.TORN))
-            try:
-                run.world.composer(blocker).recover()
+            blocker = run.world.mortal(FaultPlan(number, crash_at=number, moment=Moment.TORN))
+            composer = run.world.composer(blocker)
+            with crashing(composer):
+                composer.recover()
+            if not blocker.crashed:
                 break
-            except SimulatedCrash:
-                continue
+            blocker.bury()
         judge(CASES[name], run, power_lost=False)
 
 

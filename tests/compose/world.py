@@ -16,6 +16,7 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.errors import StoreError
 from archipfs.map.check import Finding, Severity, check_backend
 from archipfs.map.locks import Node
 from archipfs.map.mapper import Mapper, create_store
@@ -68,6 +69,10 @@ class MortalBlocker(FaultBlocker):
         """Crash in the middle of one of the next calls."""
         self._random.seed(seed)
         self._plan = FaultPlan(crash_at=self.calls + calls, moment=Moment.TORN)
+
+    def arm_error(self, calls: int, error: type[StoreError], moment: Moment) -> None:
+        """Fail once, at one of the next calls."""
+        self._plan = FaultPlan(error_at=self.calls + calls, error=error, moment=moment)
 
     def disarm(self) -> None:
         self._plan = FaultPlan()

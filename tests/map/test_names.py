@@ -15,7 +15,7 @@ from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name, name_ident
 from archipfs.map.records import NameRecord, VolumeRecord
 from archipfs.types import NAME_BYTES_MAX, VolumeId, new_volume_id
-from tests.compose.interleave import SteppedBlocker, every_second, schedules
+from tests.compose.interleave import NEVER, Schedule, SteppedBlocker, every_second, schedules
 from tests.compose.world import World
 
 SIZE = 4096
@@ -305,6 +305,40 @@ def test_of_two_nodes_taking_one_name_one_wins(tmp_path: Path, one: Operation, t
         assert [found for found in world.problems() if found.which.split()[0] in ("volume", "name")] == []
         if whole:
             return
+
+
+def test_a_name_that_is_replaced_is_never_without_a_volume(tmp_path: Path) -> None:
+    """Whoever looks it up finds the one or the other, wherever the rename stands and wherever the look-up does."""
+    for number, schedule in enumerate(schedules(every_second(5))):
+        world = World(tmp_path / str(number))
+        blocker = SteppedBlocker(world.store)
+        mapper = world.mapper(blocker)
+        volume, other = make(mapper, "vm"), make(mapper, "other")
+
+        def replace(mapper: Mapper = mapper, volume: VolumeRecord = volume, other: VolumeRecord = other) -> None:
+            displaced = mapper.rename(volume.id, "other", replace=other.id)
+            assert displaced is not None
+            mapper.purge(displaced)
+
+        _, look, whole = schedule.run(blocker, replace, partial(mapper.find, "other"))
+        assert look.result is not None, schedule
+        if whole:
+            return
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_a_look_up_that_a_whole_replacement_overtakes_finds_the_new_one(world: World, calls: int) -> None:
+    blocker = SteppedBlocker(world.store)
+    mapper = world.mapper(blocker)
+    volume, other = make(mapper, "vm"), make(mapper, "other")
+
+    def replace() -> None:
+        displaced = mapper.rename(volume.id, "other", replace=other.id)
+        assert displaced is not None
+        mapper.purge(displaced)
+
+    look, _, _ = Schedule(calls, NEVER).run(blocker, partial(mapper.find, "other"), replace)
+    assert look.result is not None
 
 
 def test_a_snapshot_renamed_while_another_takes_its_name_keeps_its_own(tmp_path: Path) -> None:

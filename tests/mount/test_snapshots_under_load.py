@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def two_writers_in_turn(path: Path, stream: Stream, flags: int) -> list[Task]:
 Bounds = list[tuple[int, int]]
 
 
+def ways(mount: Instance) -> list[Callable[[Path, str], Path]]:
+    """By attribute, during which the kernel holds writes to the file back, and by command, during which it does not."""
+    return [
+        snapshot,
+        lambda path, name: mount.snapshot(path.name, name),
+        lambda path, name: mount.clone(path.name, name),
+        lambda path, name: mount.snapshot(path.name, name),
+        clone,
+    ]
+
+
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance, flags: int) -> None:
     volume = create(mount.path / "vm1", VOLUME_BYTES)
@@ -48,7 +60,7 @@ def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance
     tasks = [task for stream in streams for task in two_writers_in_turn(volume, stream, flags)]
     taken: dict[Path, Bounds] = {}
     with threads(tasks):
-        for number, make in zip(range(SNAPSHOTS), cycle((snapshot, snapshot, clone)), strict=False):
+        for number, make in zip(range(SNAPSHOTS), cycle(ways(mount)), strict=False):
             wait_for_writes(streams, WRITES_BETWEEN)
             at_least = [stream.acknowledged for stream in streams]
             path = make(volume, f"taken{number}")
@@ -79,7 +91,7 @@ def test_snapshots_of_snapshotted_clones_under_load(mount: Instance) -> None:
             for volume, written, into in ((first, streams, taken), (second, apart, taken_apart)):
                 wait_for_writes(written[:2], 10)
                 at_least = [stream.acknowledged for stream in written]
-                path = snapshot(volume, f"{volume.name}-{number}")
+                path = mount.snapshot(volume.name, f"{volume.name}-{number}")
                 into[path] = list(zip(at_least, [stream.issued for stream in written], strict=True))
     expect(taken, streams)
     expect(taken_apart, apart)

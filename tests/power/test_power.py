@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from archipfs.errors import ArchipError
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, mount_type
 from tests.lib.stream import Stream, streams_of
@@ -84,14 +85,15 @@ class Load:
     """What is written to a mount at once, and how much of it has been promised to be there afterwards."""
 
     def __init__(self, instance: Instance, chance: random.Random) -> None:
+        self._instance = instance
         self._root = instance.path
         self._chance = chance
         self.volume = create(self._root / "vm1", VOLUME_BYTES)
         self.growing = create(self._root / "growing", 0)
         self.streams = streams_of(VOLUME_BYTES, 4, SLOTS, (SECTOR_BYTES, 512, 3 * SECTOR_BYTES, SECTOR_BYTES))
         self.appended = Stream(9, 0, 1 << 20)
-        self.snapshots: dict[str, list[tuple[int, int]]] = {}
-        """Of each that was acknowledged, how much of every stream it holds: at least, at most."""
+        self.snapshots: dict[str, list[int]] = {}
+        """Of each that was acknowledged, how many writes of every stream it holds."""
         self.created: list[str] = []
         self.forgotten = 0
         """Writes that were acknowledged and not synced, and are gone. None at all would mean that no power was lost."""
@@ -99,17 +101,20 @@ class Load:
 
     # Under way
 
-    def tasks(self) -> list[Task]:
-        writers: list[Task] = [self._writer(stream, number % 2 == 0) for number, stream in enumerate(self.streams)]
-        return [*writers, self._append, self._snapshot_and_create]
+    def tasks(self, *, flush: bool) -> list[Task]:
+        """Without ``flush``, all that is promised of the volume is what ``take_snapshot`` froze."""
+        writers: list[Task] = [
+            self._writer(stream, direct=number % 2 == 0, flush=flush) for number, stream in enumerate(self.streams)
+        ]
+        return [*writers, self._append, *([self._snapshot_and_create] if flush else [])]
 
-    def _writer(self, stream: Stream, direct: bool) -> Task:
+    def _writer(self, stream: Stream, *, direct: bool, flush: bool) -> Task:
         def task(stop: threading.Event) -> None:
             chance = random.Random(self._chance.random())
             with suppress(OSError), opened(self.volume, os.O_RDWR | (os.O_DIRECT if direct else 0)) as descriptor:
                 while not stop.is_set():
                     stream.write(descriptor)
-                    if chance.random() < 0.05:
+                    if flush and chance.random() < 0.05:
                         stream.flush(descriptor)
 
         return task
@@ -126,23 +131,31 @@ class Load:
                 if number % 16 == 0:
                     stream.flush(descriptor)
 
+    def take_snapshot(self) -> str:
+        """What it holds when it is looked at now is what it has to hold afterwards."""
+        self._made += 1
+        at_least = [stream.acknowledged for stream in self.streams]
+        path = self._instance.snapshot(self.volume.name, f"s{self._made}")
+        at_most = [stream.issued for stream in self.streams]
+        content = read_all(path)
+        self.snapshots[path.name] = [
+            stream.expect_prefix(content, *bounds)
+            for stream, bounds in zip(self.streams, zip(at_least, at_most, strict=True), strict=True)
+        ]
+        return path.name
+
     def _snapshot_and_create(self, stop: threading.Event) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ArchipError):
             while not stop.wait(0.03):
-                self._made += 1
-                at_least = [stream.acknowledged for stream in self.streams]
-                name = f"s{self._made}"
-                snapshot(self.volume, name)
-                at_most = [stream.issued for stream in self.streams]
-                self.snapshots[name] = list(zip(at_least, at_most, strict=True))
+                taken = self.take_snapshot()
                 if self._made % 4 == 0:
                     name = f"n{self._made}"
                     create(self._root / name, MIB)
                     self.created.append(name)
                 if self._made % 4 == 2:
                     name = f"c{self._made}"
-                    clone(self._root / f"s{self._made}", name)
-                    self.snapshots[name] = self.snapshots[f"s{self._made}"]
+                    clone(self._root / taken, name)
+                    self.snapshots[name] = self.snapshots[taken]
 
     # Afterwards
 
@@ -150,11 +163,11 @@ class Load:
         """All that was promised is there, and nothing that was never written. Goes on from what is there."""
         present = set(os.listdir(self._root))
         assert present >= {*self.created, *self.snapshots}, f"missing: {({*self.created, *self.snapshots}) - present}"
-        for name, bounds in self.snapshots.items():
+        for name, frozen in self.snapshots.items():
             content = read_all(self._root / name)
-            for stream, (at_least, at_most) in zip(self.streams, bounds, strict=True):
+            for stream, writes in zip(self.streams, frozen, strict=True):
                 try:
-                    stream.expect_prefix(content, at_least, at_most)
+                    stream.expect_prefix(content, writes, writes)
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {error}") from error
         content = read_all(self.volume)
@@ -166,8 +179,8 @@ class Load:
     def _covered(self) -> list[int]:
         """How much of each stream is promised: by its own flushes, and by every snapshot that returned."""
         least = [stream.durable for stream in self.streams]
-        for bounds in self.snapshots.values():
-            least = [max(known, at_least) for known, (at_least, _) in zip(least, bounds, strict=True)]
+        for frozen in self.snapshots.values():
+            least = list(map(max, least, frozen))
         return least
 
     def _expect_appended(self) -> None:
@@ -214,8 +227,11 @@ def test_power_loss_under_load(instance: Instance, disk: Disk) -> None:
     load = Load(instance, chance)
     for round_number in range(ROUNDS):
         load.start_anew()
-        with threads(load.tasks()) as stop:
+        flush = round_number % 3 != 0
+        with threads(load.tasks(flush=flush)) as stop:
             stop.wait(chance.uniform(*LOAD_SECONDS))
+            if not flush:
+                load.take_snapshot()
             disk.lose_power()
             if round_number % 2:
                 stop.wait(0.05)  # the daemon meets a store that fails before it dies itself
@@ -236,7 +252,7 @@ def test_a_store_that_failed_under_a_living_daemon_is_believed_no_further_than_i
     load = Load(instance, random.Random(SEED))
     for round_number in range(4):
         load.start_anew()
-        with threads(load.tasks()) as stop:
+        with threads(load.tasks(flush=True)) as stop:
             stop.wait(0.4)
             disk.lose_power()
             with suppress(OSError), opened(load.volume) as descriptor:
