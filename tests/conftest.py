@@ -16,16 +16,22 @@ def make_instance() -> Iterator[MakeInstance]:
         yield make
 
 
+@pytest.fixture(scope="module")
+def front() -> bool:
+    """Whether mounts have the native front; modules that run both ways have a fixture of their own."""
+    return True
+
+
 @pytest.fixture
-def mount(make_instance: MakeInstance) -> Instance:
+def mount(make_instance: MakeInstance, front: bool) -> Instance:
     """A private instance, mounted."""
-    return make_instance().mount()
+    return make_instance(front=front).mount()
 
 
 @pytest.fixture(scope="module")
-def shared_instance() -> Iterator[Instance]:
+def shared_instance(front: bool) -> Iterator[Instance]:
     with instances() as make:
-        yield make().mount()
+        yield make(front=front).mount()
 
 
 @pytest.fixture

@@ -191,6 +191,8 @@ class Composer:
                     removed = opened.record.name is None
                     opened.stop()
                     self._reclaim_wanted |= removed
+                    if removed:
+                        self._table.ever_open.discard(opened.id)
             finally:
                 self._forget_unused(opened)
 
@@ -341,6 +343,9 @@ class Composer:
             try:
                 self._rename(found, name, new_name, replace=replace)
                 return
+            except AlreadyExists:
+                if not replace:
+                    raise  # else it was made meanwhile
             except (Conflict, NotFound):
                 continue  # one of the two was renamed or removed meanwhile, or is not there at all: ``find`` says so
 
@@ -483,6 +488,20 @@ class Composer:
             mapper.forget_stray_locks()
             layers |= {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
         self._live.forget_unless(layers.__contains__)
+        self._recover_open(self._live.layers())
+
+    def _recover_open(self, live: set[LayerId]) -> None:
+        """Open and close the volumes that were open at the crash: their sizes and times of change come from what the
+        live bitmaps remember, and their locks are given back."""
+        if not live:
+            return
+        for found in list(self.volumes()):
+            if found.record.writable and found.record.layer in live:
+                try:
+                    with self.using(found) as opened:
+                        log.info("recovered", volume=found.record.name, size=opened.size)
+                except ArchipError as error:
+                    log.error("not recovered", volume=found.record.name, error=str(error))
 
     def reclaim(self) -> None:
         """Delete the layers that removed volumes have left; does nothing when none was removed."""
@@ -539,6 +558,7 @@ class Composer:
             return
         opened.mapper.purge(record)
         self._live.forget(record.layer)
+        self._table.ever_open.discard(record.id)
         self._reclaim_wanted = True
 
     def _refresh(self, opened: OpenVolume) -> None:

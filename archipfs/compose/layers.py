@@ -37,6 +37,10 @@ class LiveBitmaps:
         """Remove a layer's live bitmap, if it has one: the layer is deleted."""
         Path(self.path(layer)).unlink(missing_ok=True)
 
+    def layers(self) -> set[LayerId]:
+        """Those that have a live bitmap: they are open, or were when this node crashed."""
+        return {LayerId(path.name) for path in self._directory.iterdir()}
+
     def forget_unless(self, exists: Callable[[LayerId], bool]) -> None:
         """Remove the live bitmaps of layers that no longer exist."""
         for path in self._directory.iterdir():

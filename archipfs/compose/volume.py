@@ -14,7 +14,7 @@ import msgspec
 
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
-from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume
+from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
@@ -201,8 +201,9 @@ class OpenVolume:
         return self._engine.size if self._engine is not None else self.record.size
 
     @property
-    def _changed_ns(self) -> int:
-        return self._engine.changed_ns if self._engine is not None else 0
+    def mtime_ns(self) -> int:
+        changed_ns = self._engine.changed_ns if self._engine is not None else 0
+        return max(changed_ns, self.record.mtime_ns)
 
     def forget_write_time(self) -> None:
         """The record's time of change is set by somebody: earlier writes do not count any more."""
@@ -264,17 +265,20 @@ class OpenVolume:
         """
         with self.control:
             engine, lease, record = self.engine, self._owned_lease(), self.record
-            self._verify(engine, lease)
+            # What a shrink cut off the head must be gone for good before the head becomes a parent, which is not cut
+            # when it is opened. It also leaves little to do for the flush below.
+            self._flush(engine, lease)
             self.mapper.limit_parent(record.layer, record.visible)
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
                 try:
-                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX)
+                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX, mtime_ns=self.mtime_ns)
                     size = engine.swap_head(layer)
                 finally:
                     layer.close()
                 engine.flush()
-            self._commit(self.record, engine.size)
+            if engine.size != self.record.size:
+                self._commit(self.record, engine.size)
             return Frozen(record.layer, size)
 
     def resize(self, size: int) -> None:
@@ -338,12 +342,19 @@ class OpenVolume:
             raise
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
-        self._verify(engine, lease)
+        try:
+            self._verify(engine, lease)
+        except Fenced:
+            raise
+        except StoreError:
+            # A store that cannot be read may also have forgotten what was not durable yet.
+            engine.fail()
+            raise
         engine.flush()
 
     def _commit(self, record: VolumeRecord, size: int) -> None:
         """Write size and time of last change to the record if they differ."""
-        mtime_ns = max(self._changed_ns, record.mtime_ns)
+        mtime_ns = self.mtime_ns
         if size != record.size or mtime_ns != record.mtime_ns:
             self._change(size=size, mtime_ns=mtime_ns)
 

@@ -125,7 +125,15 @@ class Catalog:
     def resolve(self, name: str) -> Versioned[VolumeRecord] | None:
         """The volume called ``name``, or ``None``."""
         entry = self.name(name)
-        return None if entry is None else self.resolve_entry(entry.record)
+        while entry is not None:
+            found = self.resolve_entry(entry.record)
+            if found is not None:
+                return found
+            # Meanwhile the name may have gone to another volume: it was never without one.
+            read, entry = entry, self.name(name)
+            if entry is not None and entry.version == read.version:
+                return None
+        return None
 
     def resolve_or_none(self, name: str) -> Versioned[VolumeRecord] | None:
         """As ``resolve``; ``None`` also where a record cannot be read."""
@@ -136,11 +144,12 @@ class Catalog:
 
     def resolve_entry(self, entry: NameRecord) -> Versioned[VolumeRecord] | None:
         """The volume that the entry and the volume's own record agree on, or ``None``."""
-        for candidate in (entry.volume, entry.replaced):
-            if candidate is not None:
-                found = self.get(VolumeRecord, candidate)
-                if found is not None and found.record.name == entry.name:
-                    return found
+        # Once the one that was replaced has the name no more, the other one has it.
+        candidates = (entry.volume,) if entry.replaced is None else (entry.volume, entry.replaced, entry.volume)
+        for candidate in candidates:
+            found = self.get(VolumeRecord, candidate)
+            if found is not None and found.record.name == entry.name:
+                return found
         return None
 
     def volumes(self) -> Iterator[Versioned[VolumeRecord]]:

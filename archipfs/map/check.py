@@ -16,6 +16,7 @@ from archipfs.map.names import name_ident
 from archipfs.map.reclaim import reachable
 from archipfs.map.records import (
     KIND_NAMES,
+    AnyRecord,
     LayerRecord,
     LockRecord,
     NameRecord,
@@ -66,7 +67,7 @@ def _findings(mapper: Mapper) -> Iterator[Finding]:
         if volume not in volumes:
             yield Finding(Severity.LEFTOVER, "lock of a volume that is gone", f"lock {volume}")
     used = reachable({record.layer for record in named}, layers)
-    yield from _check_chains(named, layers)
+    yield from _check_chains(named, layers, used)
     yield from _check_objects(mapper, layers, used)
 
 
@@ -75,10 +76,29 @@ def _readable(mapper: Mapper, kind: type[R], damaged: list[Finding]) -> dict[str
     records: dict[str, R] = {}
     for key, found in mapper.blocker.list_records(KIND_NAMES[kind]):
         try:
-            records[key.partition("/")[2]] = decode(kind, key, found.value)
+            record = decode(kind, key, found.value)
         except (ObjectDamaged, FormatTooNew) as error:
             damaged.append(Finding(Severity.ERROR, str(error), f"record {key}"))
+            continue
+        ident = key.partition("/")[2]
+        if _place_of(record) not in (ident, None):
+            damaged.append(Finding(Severity.ERROR, "another record's content lies in its place", f"record {key}"))
+        else:
+            records[ident] = record
     return records
+
+
+def _place_of(record: AnyRecord) -> str | None:
+    """What identifies it, as its content has it; ``None`` for a record that is alone of its kind."""
+    match record:
+        case VolumeRecord() | LayerRecord():
+            return record.id
+        case NameRecord():
+            return name_ident(record.name)
+        case LockRecord():
+            return record.volume
+        case StoreRecord():
+            return None
 
 
 def _check_names(catalog: Catalog, named: list[VolumeRecord], names: dict[str, NameRecord]) -> Iterator[Finding]:
@@ -87,17 +107,18 @@ def _check_names(catalog: Catalog, named: list[VolumeRecord], names: dict[str, N
         if entry is None or record.id not in (entry.volume, entry.replaced):
             yield Finding(Severity.ERROR, "volume's name does not lead to it", f"volume {record.name} ({record.id})")
     by_id = {record.id: record for record in named}
-    for ident, entry in names.items():
-        if ident != name_ident(entry.name):
-            yield Finding(Severity.ERROR, "name record lies in another name's place", f"name {entry.name}")
+    for entry in names.values():
         holders = (by_id.get(entry.volume), by_id.get(entry.replaced) if entry.replaced else None)
         if not any(holder is not None and holder.name == entry.name for holder in holders):
             yield Finding(Severity.LEFTOVER, "name leads to no volume", f"name {entry.name}")
 
 
-def _check_chains(named: list[VolumeRecord], layers: dict[LayerId, LayerRecord]) -> Iterator[Finding]:
+def _check_chains(
+    named: list[VolumeRecord], layers: dict[LayerId, LayerRecord], used: set[LayerId]
+) -> Iterator[Finding]:
     users = Counter(record.layer for record in named)
-    parents = Counter(record.parent for record in layers.values() if record.parent is not None)
+    # A head that a crash kept from being put on top of another one is a child too, but nobody reads it.
+    parents = Counter(record.parent for record in layers.values() if record.parent is not None and record.id in used)
     for record in named:
         which = f"volume {record.name} ({record.id})"
         if record.layer not in layers:
@@ -114,9 +135,10 @@ def _check_chains(named: list[VolumeRecord], layers: dict[LayerId, LayerRecord])
                 break
             seen.add(following)
             following = layers[following].parent
-    for layer in layers.values():
-        if layer.parent is not None and layer.parent not in layers:
-            yield Finding(Severity.ERROR, f"its parent {layer.parent} is missing", f"layer {layer.id}")
+    for layer in used & layers.keys():
+        parent = layers[layer].parent
+        if parent is not None and parent not in layers:
+            yield Finding(Severity.ERROR, f"its parent {parent} is missing", f"layer {layer}")
 
 
 def _check_objects(mapper: Mapper, layers: dict[LayerId, LayerRecord], used: set[LayerId]) -> Iterator[Finding]:

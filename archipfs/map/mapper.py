@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import AlreadyExists, Conflict, NotFound, ObjectMissing, TooLarge
+from archipfs.errors import AlreadyExists, ArchipError, Conflict, NotFound, ObjectMissing, TooLarge
 from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
 from archipfs.map.locks import Locks, Node
 from archipfs.map.names import check_name
@@ -200,18 +200,26 @@ class Mapper:
             self._pending.add(record.id)
             self._pending_since_reclaim.add(record.id)
         try:
-            # The record comes first: whatever objects there are, a record leads to them.
-            self.catalog.put(record, record.id, None)
-            self.blocker.create_data(data_key(record.id)).close()
-            bitmap = self.blocker.create_data(bitmap_key(record.id))
             try:
-                self._format_bitmap(bitmap, record.id)
-            finally:
-                bitmap.close()
+                self._make_layer(record)
+            except ArchipError:
+                with suppress(ArchipError):  # else it is left behind, as by a crash
+                    delete_layer(self.catalog, self.blocker, record.id)
+                raise
             yield record
         finally:
             with self._mutex:
                 self._pending.discard(record.id)
+
+    def _make_layer(self, record: LayerRecord) -> None:
+        # The record comes first: whatever objects there are, a record leads to them.
+        self.catalog.put(record, record.id, None)
+        self.blocker.create_data(data_key(record.id)).close()
+        bitmap = self.blocker.create_data(bitmap_key(record.id))
+        try:
+            self._format_bitmap(bitmap, record.id)
+        finally:
+            bitmap.close()
 
     def limit_parent(self, layer: LayerId, parent_visible: int) -> None:
         """Have at most ``parent_visible`` bytes of the parent shine through, for good."""

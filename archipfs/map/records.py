@@ -143,5 +143,5 @@ def decode(kind: type[R], key: str, value: bytes) -> R:
         raise ObjectDamaged(f"record {key} is damaged: bad checksum; restore it from a copy of the store")
     try:
         return msgspec.json.decode(payload, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ObjectDamaged(f"record {key} is damaged: {error}; restore it from a copy of the store") from error

@@ -107,6 +107,7 @@ int main(int argc, char **argv) {
             raw_us = us;
         }
     }
+    CHECK_EQUAL(ae_flush(volume), 0);
     ae_volume_close(volume, true);
     ae_layer_release(layer);
     free(bytes);

@@ -43,9 +43,16 @@ def mount_type(mountpoint: Path) -> str | None:
 
 
 def process_lives(pid: int) -> bool:
-    """Whether the process runs; one that is dead and not reaped yet does not."""
+    """Whether a thread of the process runs; one that is dead and not reaped yet does not.
+
+    The first thread may be dead for long while another one hangs in a system call and keeps the files open.
+    """
+    return any(_thread_lives(task) for task in Path(f"/proc/{pid}/task").glob("*"))
+
+
+def _thread_lives(task: Path) -> bool:
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        status = (task / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -63,8 +70,9 @@ def kill_process(pid: int) -> None:
 class Instance:
     """One node in a directory of its own: ``root`` is its --root, ``path`` its mount point."""
 
-    def __init__(self, *, store: Path | None = None) -> None:
+    def __init__(self, *, store: Path | None = None, front: bool = True) -> None:
         """``store``: the directory of its default backend, where that is not its own."""
+        self.front = front
         self.directory = Path(tempfile.mkdtemp(prefix="archipfs-test-", dir=TEMPORARY))
         self.root = self.directory / "root"
         self.path = self.directory / "mnt"
@@ -120,7 +128,7 @@ class Instance:
     # Its life
 
     def mount(self) -> "Instance":
-        self.archip("mount", self.path)
+        self.archip("mount", "-o", f"front={'on' if self.front else 'off'}", self.path)
         return self
 
     def umount(self) -> None:
@@ -159,13 +167,31 @@ class Instance:
         assert not errors, f"archip check ended well with errors: {errors}"
         return findings
 
-    def findings(self) -> list[Mapping[str, Any]]:
-        """What the daemon finds wrong in the store, asked for without a command: that is some hundred times faster."""
+    def call(self, command: str, **arguments: Any) -> Any:
+        """Ask the daemon as a command would, without starting one: that is some hundred times faster."""
         connection = connect_daemon(load_config(root=self.root))
         assert connection is not None, "there is no daemon"
         with connection:
-            findings: list[Mapping[str, Any]] = DaemonClient(connection).call("check")
+            return DaemonClient(connection).call(command, **arguments)
+
+    def findings(self) -> list[Mapping[str, Any]]:
+        """What the daemon finds wrong in the store."""
+        findings: list[Mapping[str, Any]] = self.call("check")
         return findings
+
+    def snapshot(self, volume: str, name: str) -> Path:
+        """As ``archip volume-snapshot`` does it.
+
+        The kernel lets no write to a file go on while an attribute of it is set, so this is the way in which writes
+        really happen beside a snapshot.
+        """
+        self.call("volume-snapshot", name=volume, snapshot=name)
+        return self.path / name
+
+    def clone(self, source: str, name: str) -> Path:
+        """As ``archip volume-clone`` does it."""
+        self.call("volume-clone", name=source, clone=name)
+        return self.path / name
 
     def stored_bytes(self) -> int:
         """What all data objects take on the disk under the store."""

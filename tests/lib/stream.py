@@ -89,20 +89,26 @@ class Stream:
                 )
         return last
 
-    def expect_survivors(self, content: bytes, at_least: int, at_most: int) -> None:
-        """Every sector is as after some number of writes within the bounds, each sector for itself."""
+    def expect_survivors(self, content: bytes, at_least: int, at_most: int) -> int:
+        """Every sector is as after some number of writes within the bounds, each sector for itself.
+
+        Returns the last write that is found.
+        """
+        newest = 0
         for slots in self._slots_by_sector():
             numbers = [(slot, *found) for slot in slots for found in self._numbers(content, slot)]
             sectors = {position // SECTOR_BYTES for _, position, _ in numbers}
             for sector in sectors:
                 within = [(slot, number) for slot, at, number in numbers if at // SECTOR_BYTES == sector]
                 last = max(number for _, number in within)
+                newest = max(newest, last)
                 for slot, number in within:
                     which = f"stream {self.ident}, slot {slot}, sector {sector}"
                     least, most = self.last_in(slot, at_least), self.last_in(slot, at_most)
                     assert least <= number <= most, f"{which}: write {number}, not {least} to {most}"
                     wanted = self.last_in(slot, last)
                     assert number == wanted, f"{which}: write {number} instead of {wanted} beside write {last}"
+        return newest
 
     def _slots_by_sector(self) -> list[range]:
         each = max(1, SECTOR_BYTES // self.slot_bytes)
@@ -127,7 +133,9 @@ class Stream:
         return int(number)
 
 
-def streams_of(volume_bytes: int, count: int, slots: int, slot_sizes: tuple[int, ...] = (SECTOR_BYTES,)) -> list[Stream]:
+def streams_of(
+    volume_bytes: int, count: int, slots: int, slot_sizes: tuple[int, ...] = (SECTOR_BYTES,)
+) -> list[Stream]:
     """``count`` streams beside each other, with the slot sizes in turn, which have to fit."""
     made: list[Stream] = []
     offset = 0

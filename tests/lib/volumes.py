@@ -1,5 +1,6 @@
 """Volumes as files: the few calls that tests on a mount use again and again."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,12 +42,16 @@ def rollback(path: Path, to: str) -> None:
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """A descriptor, as open(2) gives it."""
+    """A descriptor, as open(2) gives it. It may also be closed when the daemon was killed meanwhile."""
     descriptor = os.open(path, flags, 0o600)
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        try:
+            os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+                raise
 
 
 def read_all(path: Path, flags: int = 0) -> bytes:

@@ -19,6 +19,12 @@ from tests.lib.waiting import wait_until
 
 pytestmark = pytest.mark.mount
 
+
+@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
+def front(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 MIB = 1 << 20
 
 
@@ -86,7 +92,11 @@ def test_truncate_and_qemu_img_and_touch_make_volumes(mount: Instance) -> None:
     run("truncate", "-s", "20G", mount.path / "vm1")
     run("qemu-img", "create", "-q", "-f", "raw", mount.path / "vm2", "1G")
     run("touch", mount.path / "vm3")
-    assert {path.name: path.stat().st_size for path in mount.path.iterdir()} == {"vm1": 20 << 30, "vm2": 1 << 30, "vm3": 0}
+    assert {path.name: path.stat().st_size for path in mount.path.iterdir()} == {
+        "vm1": 20 << 30,
+        "vm2": 1 << 30,
+        "vm3": 0,
+    }
     assert [volume["name"] for volume in mount.json("volume-list")] == ["vm1", "vm2", "vm3"]
 
 
@@ -327,7 +337,7 @@ def test_others_may_not_read_what_the_mode_forbids(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     os.chmod(volume, 0o600)
     os.chmod(mount.directory, 0o755)
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "head", "-c1", volume]
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "head", "-c1", str(volume)]
     assert subprocess.run(as_nobody, capture_output=True).returncode != 0
     os.chown(volume, 65534, 65534)
     wait_until(lambda: subprocess.run(as_nobody, capture_output=True).returncode == 0, "its owner may read it")

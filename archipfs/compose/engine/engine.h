@@ -118,9 +118,9 @@ int ae_flush(struct ae_volume *volume);
 
 /*
  * Control. From its return on, writes go to `head`, and none is under way to the old one; the old one is part of the
- * chain and still has to be flushed. Nobody waits for a disk meanwhile. Returns the size that the old one holds: that of
- * a snapshot taken so. The new head shows its parent at least that far. Whoever records the head beforehand cannot know
- * that size: AE_SIZE_MAX as its parent_visible is safe, since a layer holds nothing beyond its end.
+ * chain and still has to be flushed. Nobody waits for a disk meanwhile. Returns the size that the old one holds: that
+ * of a snapshot taken so. The new head shows its parent at least that far. Whoever records the head beforehand cannot
+ * know that size: AE_SIZE_MAX as its parent_visible is safe, since a layer holds nothing beyond its end.
  */
 int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head);
 /* Control. Close the gate: wait for the calls inside, hold the others at the door until ae_volume_resume. */
@@ -131,8 +131,8 @@ void ae_volume_announce_size(struct ae_volume *volume, uint64_t size);
 /* Control, while paused: cut or grow. What a shrink cut off reads as zeros if the volume grows again. */
 int ae_volume_resize(struct ae_volume *volume, uint64_t size);
 /*
- * For good: every later write, discard and flush gives -EIO, and so do those that wait at the gate. The live bitmaps are
- * marked as distrusted, since somebody else may write to the layers from now on.
+ * For good: every later write, discard and flush gives -EIO, and so do those that wait at the gate. The live bitmaps
+ * are marked as distrusted, since somebody else may write to the layers from now on.
  */
 void ae_volume_fence(struct ae_volume *volume);
 

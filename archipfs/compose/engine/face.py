@@ -294,6 +294,11 @@ class EngineVolume:
         with self._handle as volume:
             self._change(f"resizing to {size} bytes", lib.ae_volume_resize, volume, _checked(size))
 
+    def fail(self) -> None:
+        """For good, as after a flush that failed: it takes no more writes, and its live bitmaps are not believed."""
+        with self._handle as volume:
+            lib.ae_volume_fence(volume)
+
     def fence(self) -> None:
         """For good: every later write, discard and flush raises ``Fenced``."""
         self._fenced = True

@@ -171,9 +171,12 @@ def _mounts() -> Iterator[_Mounted]:
 
 
 def is_stale(mountpoint: Path) -> bool:
-    """Whether a daemon died and left its mount behind: the kernel answers for it, with ENOTCONN."""
+    """Whether a daemon died and left its mount behind: the kernel answers for it, with ENOTCONN.
+
+    It is asked for the space, which it does not cache as it does attributes.
+    """
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno in _GONE
     return False

@@ -126,15 +126,18 @@ class VolumeOperations(pyfuse3.Operations):
         for index, dots in enumerate((b".", b"..")):
             if start_id <= index and not pyfuse3.readdir_reply(token, dots, self._root_attributes(), index + 1):
                 return
-        first = max(0, start_id - 2)
-        entries = listing[first : first + READDIR_ENTRIES]
-        attributes = await self._run(lambda: [self._attributes_again(found) for found in entries])
-        for index, (found, entry) in enumerate(zip(entries, attributes, strict=True), first):
-            if entry is None:
-                continue
-            if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, index + 3):
-                return
-            self._inodes.remember(found.record.id)
+        position, answered = max(0, start_id - 2), False
+        while position < len(listing) and not answered:  # an empty answer would mean the end
+            entries = listing[position : position + READDIR_ENTRIES]
+            attributes = await self._run(self._attributes_again, entries)
+            for found, entry in zip(entries, attributes, strict=True):
+                position += 1
+                if entry is None:
+                    continue
+                if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, position + 2):
+                    return
+                self._inodes.remember(found.record.id)
+                answered = True
 
     @replies
     async def releasedir(self, handle: int) -> None:
@@ -373,19 +376,23 @@ class VolumeOperations(pyfuse3.Operations):
         self._inodes.remember(found.record.id)
         return attributes
 
-    def _attributes_again(self, found: Found) -> pyfuse3.EntryAttributes | None:
-        """Of a volume listed a while ago, as they are now: an old size would have the kernel cut an open file.
+    def _attributes_again(self, listed: Sequence[Found]) -> list[pyfuse3.EntryAttributes | None]:
+        """Of volumes listed a while ago, as they are now: an old size would have the kernel cut an open file.
 
-        ``None`` if it was removed. One whose layer is lost is listed all the same.
+        ``None`` for one that is not called so any more. One whose layer is lost is listed all the same.
         """
+        return [self._attributes_of_listed(found) for found in listed]
+
+    def _attributes_of_listed(self, listed: Found) -> pyfuse3.EntryAttributes | None:
+        found = listed
         try:
-            found = self._composer.find_again(found)
-            return self._attributes(found)
+            found = self._composer.find_again(listed)
+            return self._attributes(found) if found.record.name == listed.record.name else None
         except NotFound:
             return None
         except ObjectMissing as error:
             try:
-                found = self._composer.find_by_id(found.record.id)
+                found = self._composer.find_by_id(listed.record.id)
             except NotFound:
                 return None
             log.warning("damaged", volume=found.record.name, error=str(error))

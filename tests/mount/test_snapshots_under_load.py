@@ -1,0 +1,116 @@
+"""Snapshots of a volume that is being written: each holds an exact prefix of every ordered stream of writes."""
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from tests.lib.instance import Instance
+from tests.lib.stream import Stream, streams_of
+from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
+from tests.lib.waiting import Task, threads, wait_until
+
+pytestmark = pytest.mark.mount
+
+VOLUME_BYTES = 8 << 20
+SLOTS = 96
+SNAPSHOTS = 20
+WRITES_BETWEEN = 40
+FLUSH_EVERY = 50
+
+
+def writer(path: Path, stream: Stream, flags: int) -> Task:
+    def task(stop: threading.Event) -> None:
+        with opened(path, os.O_RDWR | flags) as descriptor:
+            while not stop.is_set():
+                stream.write(descriptor)
+                if stream.issued % FLUSH_EVERY == 0:
+                    stream.flush(descriptor)
+
+    return task
+
+
+def two_writers_in_turn(path: Path, stream: Stream, flags: int) -> list[Task]:
+    """The order of the stream then spans threads and descriptors."""
+    return [writer(path, stream, flags), writer(path, stream, flags)]
+
+
+Bounds = list[tuple[int, int]]
+
+
+def ways(mount: Instance) -> list[Callable[[Path, str], Path]]:
+    """By attribute, during which the kernel holds writes to the file back, and by command, during which it does not."""
+    return [
+        snapshot,
+        lambda path, name: mount.snapshot(path.name, name),
+        lambda path, name: mount.clone(path.name, name),
+        lambda path, name: mount.snapshot(path.name, name),
+        clone,
+    ]
+
+
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
+def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance, flags: int) -> None:
+    volume = create(mount.path / "vm1", VOLUME_BYTES)
+    sizes = (512, SECTOR_BYTES, 3 * SECTOR_BYTES if flags else SECTOR_BYTES)
+    streams = streams_of(VOLUME_BYTES, 6, SLOTS, sizes)
+    tasks = [task for stream in streams for task in two_writers_in_turn(volume, stream, flags)]
+    taken: dict[Path, Bounds] = {}
+    with threads(tasks):
+        for number, make in zip(range(SNAPSHOTS), cycle(ways(mount)), strict=False):
+            wait_for_writes(streams, WRITES_BETWEEN)
+            at_least = [stream.acknowledged for stream in streams]
+            path = make(volume, f"taken{number}")
+            taken[path] = list(zip(at_least, [stream.issued for stream in streams], strict=True))
+    expect(taken, streams)
+    for stream in streams:
+        stream.expect_prefix(read_all(volume), stream.acknowledged, stream.issued)
+    mount.remount()
+    expect(taken, streams)
+
+
+def test_snapshots_of_snapshotted_clones_under_load(mount: Instance) -> None:
+    """Two volumes with a common past are written and snapshotted beside each other: neither shows in the other."""
+    first = create(mount.path / "vm1", VOLUME_BYTES)
+    streams = streams_of(VOLUME_BYTES, 3, SLOTS, (512, SECTOR_BYTES))
+    with threads([writer(first, stream, os.O_DIRECT) for stream in streams]):
+        wait_for_writes(streams, 200)
+    second = clone(first, "vm2")
+    apart = streams_of(VOLUME_BYTES, 3, SLOTS, (512, SECTOR_BYTES))
+    for one, other in zip(streams, apart, strict=True):
+        other.restart(one.acknowledged)
+    taken: dict[Path, Bounds] = {}
+    taken_apart: dict[Path, Bounds] = {}
+    tasks = [writer(first, stream, os.O_DIRECT) for stream in streams]
+    tasks += [writer(second, stream, os.O_DIRECT) for stream in apart[:2]]  # the third stays as it was
+    with threads(tasks):
+        for number in range(8):
+            for volume, written, into in ((first, streams, taken), (second, apart, taken_apart)):
+                wait_for_writes(written[:2], 10)
+                at_least = [stream.acknowledged for stream in written]
+                path = mount.snapshot(volume.name, f"{volume.name}-{number}")
+                into[path] = list(zip(at_least, [stream.issued for stream in written], strict=True))
+    expect(taken, streams)
+    expect(taken_apart, apart)
+
+
+def wait_for_writes(streams: list[Stream], count: int) -> None:
+    wanted = [stream.acknowledged + count for stream in streams]
+    wait_until(
+        lambda: all(stream.acknowledged >= least for stream, least in zip(streams, wanted, strict=True)),
+        f"every stream has got {count} writes further",
+        seconds=60,
+    )
+
+
+def expect(taken: dict[Path, Bounds], streams: list[Stream]) -> None:
+    for path, bounds in taken.items():
+        content = read_all(path)
+        for stream, (at_least, at_most) in zip(streams, bounds, strict=True):
+            try:
+                stream.expect_prefix(content, at_least, at_most)
+            except AssertionError as error:
+                raise AssertionError(f"{path.name}: {error}") from error
