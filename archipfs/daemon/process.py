@@ -25,9 +25,7 @@ log = structlog.get_logger()
 HOUSEKEEPING_SECONDS = 1.0
 
 
-def serve(
-    config: Config, mountpoint: Path, *, front: bool, threads: int | None, ready: Callable[[], None]
-) -> None:
+def serve(config: Config, mountpoint: Path, *, front: bool, threads: int | None, ready: Callable[[], None]) -> None:
     """Mount at ``mountpoint`` and serve it; ``ready`` is called once it can be used.
 
     ``front``: with the native front, and so many threads in it, or as many as suits the machine.

@@ -2,8 +2,9 @@
  * INIT and OPEN as they pass between kernel and libfuse.
  *
  * An O_DIRECT open gets FOPEN_DIRECT_IO, without which FOPEN_PARALLEL_DIRECT_WRITES means nothing: eight threads that
- * write synchronously would take turns at the inode's lock. Only where the kernel keeps the page cache of other, buffered
- * opens coherent with that, and lets such a file be mapped: since 6.6, which is when it offers DIRECT_IO_ALLOW_MMAP.
+ * write synchronously would take turns at the inode's lock. Only where the kernel keeps the page cache of other,
+ * buffered opens coherent with that, and lets such a file be mapped: since 6.6, which is when it offers
+ * DIRECT_IO_ALLOW_MMAP.
  */
 #include "wire.h"
 
@@ -20,7 +21,7 @@
 
 /* Used if offered. HANDLE_KILLPRIV_V2, or every write would first ask for security.capability. */
 #define WANTED                                                                                                         \
-    (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES |                       \
+    (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES |                      \
      FUSE_HANDLE_KILLPRIV_V2 | AF_DIRECT_IO_ALLOW_MMAP)
 
 bool af_adjust_init_request(void *buffer, size_t length, struct af_offer *offer) {

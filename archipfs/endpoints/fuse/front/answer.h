@@ -15,7 +15,8 @@ void af_answer_whole(int device, const void *message, size_t length);
 /* Whether the front serves this kind of request by itself. */
 bool af_is_served(enum af_kind kind);
 
-/* Serves, which may wait for a disk; a read uses `buffer`, which has room for it, and `*answer` is what to send of it. */
+/* Serves, which may wait for a disk; a read uses `buffer`, which has room for it, and `*answer` is what to send of it.
+ */
 struct af_result {
     int error;
     const void *data;

@@ -139,7 +139,7 @@ static void run_server(struct af_server *server) {
         ssize_t length = read(front->options.device, message, room);
         int error = length < 0 ? errno : 0;
         pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &state);
-        if (error == 0) {
+        if (length > 0) {
             af_call_begin(server);
             handle(server, message, (size_t)length);
             af_call_end(server);

@@ -1,6 +1,6 @@
 /*
- * Locks: one mutex for the counts. A server's `call` decides by compare-and-swap whether the seat was given away, by the
- * thread itself or by the watch, so that only one of them does.
+ * Locks: one mutex for the counts. A server's `call` decides by compare-and-swap whether the seat was given away, by
+ * the thread itself or by the watch, so that only one of them does.
  *
  * A thread that begins a call first says so in `call` and then looks whether the watch sleeps; the watch says that it
  * sleeps and then looks for calls. Both are sequentially consistent, so one sees the other.

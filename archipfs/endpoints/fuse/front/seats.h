@@ -1,7 +1,8 @@
 /*
- * Who reads requests. There are so many seats, one a core as a rule, and only a thread on a seat reads. A thread that is
- * going to wait for a disk gives its seat to another one, which is made if none is idle, and on its way back it takes a
- * free seat or rests until one is. So slow requests never hold up fast ones, and fast ones never pay for a hand-over.
+ * Who reads requests. There are so many seats, one a core as a rule, and only a thread on a seat reads. A thread that
+ * is going to wait for a disk gives its seat to another one, which is made if none is idle, and on its way back it
+ * takes a free seat or rests until one is. So slow requests never hold up fast ones, and fast ones never pay for a
+ * hand-over.
  *
  * A read knows beforehand that it will wait: the page cache says so. Other calls do not: a watch looks every few
  * milliseconds, while there is anything to look at, and takes the seats of those who are still where they were.

@@ -12,9 +12,9 @@
 enum af_kind {
     AF_READ,
     AF_WRITE,
-    AF_ALLOCATE,  /* the space is there as soon as it is written to; grows unless `keeps_size` */
-    AF_PUNCH,     /* back to zeros, and the space back to the store */
-    AF_ZERO,      /* back to zeros; grows unless `keeps_size` */
+    AF_ALLOCATE, /* the space is there as soon as it is written to; grows unless `keeps_size` */
+    AF_PUNCH,    /* back to zeros, and the space back to the store */
+    AF_ZERO,     /* back to zeros; grows unless `keeps_size` */
     AF_SEEK_DATA,
     AF_SEEK_HOLE,
     AF_INIT,

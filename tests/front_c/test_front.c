@@ -1,0 +1,513 @@
+/*
+ * The threads, with a socket in the kernel's place, another one in libfuse's, and an engine that waits when it is told
+ * to.
+ */
+#include "front.h"
+
+#include "check.h"
+#include "engine.h"
+#include "message.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+_Thread_local uint64_t check_seed;
+
+#define NODE 42u
+#define REQUEST_BYTES 4096u
+#define LONG_MS 10000
+#define SHORT_MS 150
+
+/* An engine of which every call can be made to wait. */
+
+struct ae_volume {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    bool closed;     /* calls wait while it is */
+    bool reads_wait; /* a read would wait for a disk */
+    atomic_int inside;
+    atomic_ullong size;
+    atomic_ullong discards;
+};
+
+static void volume_init(struct ae_volume *volume) {
+    *volume = (struct ae_volume){.size = 8192};
+    CHECK(pthread_mutex_init(&volume->mutex, NULL) == 0 && pthread_cond_init(&volume->changed, NULL) == 0);
+}
+
+static void set_closed(struct ae_volume *volume, bool closed) {
+    pthread_mutex_lock(&volume->mutex);
+    volume->closed = closed;
+    pthread_cond_broadcast(&volume->changed);
+    pthread_mutex_unlock(&volume->mutex);
+}
+
+static void enter(struct ae_volume *volume) {
+    atomic_fetch_add(&volume->inside, 1);
+    pthread_mutex_lock(&volume->mutex);
+    while (volume->closed)
+        pthread_cond_wait(&volume->changed, &volume->mutex);
+    pthread_mutex_unlock(&volume->mutex);
+    atomic_fetch_sub(&volume->inside, 1);
+}
+
+static ssize_t fake_read(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset) {
+    enter(volume);
+    memset(buffer, (int)(offset / 4096) + 'a', length);
+    return (ssize_t)length;
+}
+
+static ssize_t fake_read_nowait(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset) {
+    pthread_mutex_lock(&volume->mutex);
+    bool waits = volume->reads_wait;
+    pthread_mutex_unlock(&volume->mutex);
+    if (waits)
+        return -EAGAIN;
+    memset(buffer, (int)(offset / 4096) + 'a', length);
+    return (ssize_t)length;
+}
+
+static ssize_t fake_write(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset) {
+    (void)offset;
+    enter(volume);
+    return memchr(buffer, '!', length) != NULL ? -EIO : (ssize_t)length;
+}
+
+static int fake_discard(struct ae_volume *volume, uint64_t offset, uint64_t length) {
+    (void)offset;
+    enter(volume);
+    atomic_fetch_add(&volume->discards, length);
+    return 0;
+}
+
+static int fake_grow(struct ae_volume *volume, uint64_t size) {
+    if (size > atomic_load(&volume->size))
+        atomic_store(&volume->size, size);
+    return 0;
+}
+
+static int64_t fake_seek(struct ae_volume *volume, uint64_t offset) {
+    return offset < atomic_load(&volume->size) ? (int64_t)offset + 1 : -ENXIO;
+}
+
+static const struct ae_calls engine = {
+    .read = fake_read,
+    .read_nowait = fake_read_nowait,
+    .write = fake_write,
+    .discard = fake_discard,
+    .write_zeros = fake_discard,
+    .grow = fake_grow,
+    .seek_data = fake_seek,
+    .seek_hole = fake_seek,
+};
+
+/* A front between two sockets */
+
+struct bench {
+    int kernel; /* what the kernel holds of it */
+    int device; /* what the front holds */
+    int libfuse;
+    int socket;
+    struct af_front *front;
+    struct ae_volume volume;
+};
+
+static void bench_start(struct bench *bench, uint32_t seats) {
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    bench->kernel = pair[0];
+    bench->device = pair[1];
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    bench->libfuse = pair[0];
+    bench->socket = pair[1];
+    volume_init(&bench->volume);
+    struct af_options options = {
+        .device = bench->device,
+        .socket = bench->socket,
+        .seats = seats,
+        .request_bytes = REQUEST_BYTES,
+        .engine = &engine,
+    };
+    CHECK(af_front_start(&options, &bench->front) == 0);
+    CHECK(af_front_register(bench->front, NODE, &bench->volume, 1 << 20) == 0);
+}
+
+static void bench_close(struct bench *bench) {
+    close(bench->kernel);
+    close(bench->device);
+    close(bench->libfuse);
+    close(bench->socket);
+    pthread_cond_destroy(&bench->volume.changed);
+    pthread_mutex_destroy(&bench->volume.mutex);
+}
+
+static void bench_stop(struct bench *bench) {
+    af_front_stop(bench->front);
+    bench_close(bench);
+}
+
+static bool readable(int descriptor, int timeout_ms) {
+    struct pollfd polled = {.fd = descriptor, .events = POLLIN};
+    return poll(&polled, 1, timeout_ms) == 1;
+}
+
+static void give(int descriptor, const struct message *message) {
+    CHECK(send(descriptor, message->bytes, message->length, MSG_NOSIGNAL) == (ssize_t)message->length);
+}
+
+static struct message take(int descriptor) {
+    struct message message;
+    CHECK(readable(descriptor, LONG_MS));
+    ssize_t length = recv(descriptor, message.bytes, sizeof message.bytes, 0);
+    CHECK(length > 0);
+    message.length = (size_t)length;
+    return message;
+}
+
+/* The answer to `unique`, and what it carries. */
+static int take_answer(struct bench *bench, uint64_t unique, void *body, size_t length) {
+    struct message message = take(bench->kernel);
+    struct fuse_out_header header;
+    CHECK(message.length >= sizeof header);
+    memcpy(&header, message.bytes, sizeof header);
+    CHECK_EQUAL(header.len, message.length);
+    CHECK_EQUAL(header.unique, unique);
+    if (header.error == 0) {
+        CHECK_EQUAL(message.length, sizeof header + length);
+        if (length > 0)
+            memcpy(body, message.bytes + sizeof header, length);
+    }
+    return header.error;
+}
+
+static void ask_read(struct bench *bench, uint64_t unique, uint64_t offset) {
+    struct fuse_read_in in = {.offset = offset, .size = REQUEST_BYTES};
+    struct message message = message_make(FUSE_READ, unique, NODE, &in, sizeof in);
+    give(bench->kernel, &message);
+}
+
+static void ask_write(struct bench *bench, uint64_t unique, const char *text) {
+    struct fuse_write_in in = {.size = (uint32_t)strlen(text)};
+    struct message message = message_make(FUSE_WRITE, unique, NODE, &in, sizeof in);
+    message_add(&message, text, strlen(text));
+    give(bench->kernel, &message);
+}
+
+static void expect_read(struct bench *bench, uint64_t unique, char byte) {
+    char body[REQUEST_BYTES];
+    CHECK_EQUAL(take_answer(bench, unique, body, sizeof body), 0);
+    for (size_t i = 0; i < sizeof body; i++)
+        CHECK(body[i] == byte);
+}
+
+static void await_inside(struct bench *bench, int count) {
+    for (int i = 0; i < LONG_MS && atomic_load(&bench->volume.inside) != count; i++)
+        usleep(1000);
+    CHECK_EQUAL(atomic_load(&bench->volume.inside), count);
+}
+
+/* Tests */
+
+static void test_served(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    ask_read(&bench, 1, 8192);
+    expect_read(&bench, 1, 'c');
+    struct fuse_write_out written;
+    ask_write(&bench, 2, "text");
+    CHECK_EQUAL(take_answer(&bench, 2, &written, sizeof written), 0);
+    CHECK_EQUAL(written.size, 4);
+    ask_write(&bench, 3, "fails!");
+    CHECK_EQUAL(take_answer(&bench, 3, NULL, 0), -EIO);
+
+    struct fuse_lseek_in seek = {.offset = 10, .whence = SEEK_DATA};
+    struct fuse_lseek_out found;
+    struct message message = message_make(FUSE_LSEEK, 4, NODE, &seek, sizeof seek);
+    give(bench.kernel, &message);
+    CHECK_EQUAL(take_answer(&bench, 4, &found, sizeof found), 0);
+    CHECK_EQUAL(found.offset, 11);
+
+    struct fuse_fallocate_in allocate = {.offset = 4096, .length = 8192};
+    message = message_make(FUSE_FALLOCATE, 5, NODE, &allocate, sizeof allocate);
+    give(bench.kernel, &message);
+    CHECK_EQUAL(take_answer(&bench, 5, NULL, 0), 0);
+    CHECK_EQUAL(atomic_load(&bench.volume.size), 12288);
+    allocate.length = 2 << 20; /* more than the volume may have */
+    message = message_make(FUSE_FALLOCATE, 6, NODE, &allocate, sizeof allocate);
+    give(bench.kernel, &message);
+    CHECK_EQUAL(take_answer(&bench, 6, NULL, 0), -EFBIG);
+
+    struct af_statistics statistics;
+    af_front_statistics(bench.front, &statistics);
+    CHECK(statistics.forwarded == 0 && statistics.volumes == 1);
+    CHECK(!readable(bench.libfuse, 0));
+    bench_stop(&bench);
+}
+
+static void test_forwarded(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    struct message request = message_make(FUSE_GETATTR, 1, NODE, "whatever", 8);
+    give(bench.kernel, &request);
+    struct message seen = take(bench.libfuse);
+    CHECK(seen.length == request.length && memcmp(seen.bytes, request.bytes, request.length) == 0);
+    struct fuse_out_header header = {.len = sizeof header, .unique = 1, .error = -ENOENT};
+    struct message answer = {.length = sizeof header};
+    memcpy(answer.bytes, &header, sizeof header);
+    give(bench.libfuse, &answer);
+    CHECK_EQUAL(take_answer(&bench, 1, NULL, 0), -ENOENT);
+
+    /* A notification, unchanged. */
+    header = (struct fuse_out_header){.len = sizeof header, .error = FUSE_NOTIFY_INVAL_INODE};
+    memcpy(answer.bytes, &header, sizeof header);
+    give(bench.libfuse, &answer);
+    seen = take(bench.kernel);
+    CHECK(seen.length == sizeof header && memcmp(seen.bytes, &header, sizeof header) == 0);
+
+    /* What is of no volume that is known goes to libfuse, unless that would answer ENOSYS. */
+    struct fuse_read_in read_in = {.size = 1};
+    request = message_make(FUSE_READ, 2, NODE + 1, &read_in, sizeof read_in);
+    give(bench.kernel, &request);
+    seen = take(bench.libfuse);
+    CHECK(seen.length == request.length);
+    struct fuse_fallocate_in allocate = {.length = 1};
+    request = message_make(FUSE_FALLOCATE, 3, NODE + 1, &allocate, sizeof allocate);
+    give(bench.kernel, &request);
+    CHECK_EQUAL(take_answer(&bench, 3, NULL, 0), -EOPNOTSUPP);
+
+    /* Interrupts end here, and what is malformed is answered here. */
+    request = message_make(FUSE_INTERRUPT, 4, 0, "12345678", 8);
+    give(bench.kernel, &request);
+    request = message_make(FUSE_READ, 5, NODE, "", 0);
+    give(bench.kernel, &request);
+    CHECK_EQUAL(take_answer(&bench, 5, NULL, 0), -EINVAL);
+    CHECK(!readable(bench.libfuse, SHORT_MS));
+    bench_stop(&bench);
+}
+
+static void test_adjusted(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    struct fuse_init_in init = {
+        .major = 7, .flags = FUSE_SPLICE_READ | FUSE_ASYNC_DIO | FUSE_INIT_EXT, .flags2 = 1u << 4};
+    struct message message = message_make(FUSE_INIT, 1, 0, &init, sizeof init);
+    give(bench.kernel, &message);
+    message = take(bench.libfuse);
+    memcpy(&init, message.bytes + sizeof(struct fuse_in_header), sizeof init);
+    CHECK_EQUAL(init.flags, FUSE_ASYNC_DIO | FUSE_INIT_EXT);
+    struct {
+        struct fuse_out_header header;
+        struct fuse_init_out out;
+    } answer = {.header = {.len = sizeof answer, .unique = 1}};
+    CHECK(send(bench.libfuse, &answer, sizeof answer, 0) == sizeof answer);
+    struct fuse_init_out out;
+    CHECK_EQUAL(take_answer(&bench, 1, &out, sizeof out), 0);
+    CHECK(out.max_write == REQUEST_BYTES && (out.flags & FUSE_ASYNC_DIO) && out.flags2 == 1u << 4);
+
+    for (int direct = 0; direct < 2; direct++) {
+        struct fuse_open_in open_in = {.flags = O_RDWR | (direct ? O_DIRECT : 0)};
+        message = message_make(FUSE_OPEN, 2, NODE, &open_in, sizeof open_in);
+        give(bench.kernel, &message);
+        take(bench.libfuse);
+        struct {
+            struct fuse_out_header header;
+            struct fuse_open_out out;
+        } opened = {.header = {.len = sizeof opened, .unique = 2}};
+        CHECK(send(bench.libfuse, &opened, sizeof opened, 0) == sizeof opened);
+        struct fuse_open_out open_out;
+        CHECK_EQUAL(take_answer(&bench, 2, &open_out, sizeof open_out), 0);
+        CHECK_EQUAL(open_out.open_flags, direct ? FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES : 0);
+    }
+    bench_stop(&bench);
+}
+
+/* With one seat: whoever waits has to give it up. */
+static void test_slow_requests_do_not_hold_up_fast_ones(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    set_closed(&bench.volume, true);
+    for (uint64_t unique = 1; unique <= 20; unique++)
+        ask_write(&bench, unique, "slow");
+    await_inside(&bench, 20);
+    ask_read(&bench, 100, 0);
+    expect_read(&bench, 100, 'a');
+
+    pthread_mutex_lock(&bench.volume.mutex);
+    bench.volume.reads_wait = true;
+    pthread_mutex_unlock(&bench.volume.mutex);
+    for (uint64_t unique = 21; unique <= 40; unique++)
+        ask_read(&bench, unique, 0);
+    await_inside(&bench, 40);
+    struct message request = message_make(FUSE_GETATTR, 101, NODE, "", 0);
+    give(bench.kernel, &request);
+    take(bench.libfuse);
+    set_closed(&bench.volume, false);
+    bool seen[41] = {false};
+    for (int i = 1; i <= 40; i++) {
+        struct message message = take(bench.kernel);
+        struct fuse_out_header header;
+        memcpy(&header, message.bytes, sizeof header);
+        CHECK(header.error == 0 && header.unique >= 1 && header.unique <= 40 && !seen[header.unique]);
+        seen[header.unique] = true;
+    }
+    struct af_statistics statistics;
+    af_front_statistics(bench.front, &statistics);
+    CHECK(statistics.threads > 40 && statistics.threads <= AF_THREADS_MAX);
+    ask_read(&bench, 102, 4096);
+    expect_read(&bench, 102, 'b');
+    bench_stop(&bench);
+}
+
+static void *unregister(void *argument) {
+    struct bench *bench = argument;
+    af_front_unregister(bench->front, NODE);
+    CHECK_EQUAL(atomic_load(&bench->volume.inside), 0);
+    return NULL;
+}
+
+static void test_unregistering_waits_for_those_inside(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    CHECK_EQUAL(af_front_register(bench.front, NODE, &bench.volume, 1), -EEXIST);
+    set_closed(&bench.volume, true);
+    ask_write(&bench, 1, "slow");
+    await_inside(&bench, 1);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, unregister, &bench) == 0);
+    usleep(20000);
+    /* Nobody is let in any more. */
+    ask_write(&bench, 2, "goes to libfuse");
+    take(bench.libfuse);
+    CHECK_EQUAL(atomic_load(&bench.volume.inside), 1);
+    set_closed(&bench.volume, false);
+    CHECK(pthread_join(thread, NULL) == 0);
+    struct fuse_write_out written;
+    CHECK_EQUAL(take_answer(&bench, 1, &written, sizeof written), 0);
+    af_front_unregister(bench.front, NODE);
+    CHECK_EQUAL(af_front_register(bench.front, NODE, &bench.volume, 1), 0);
+    bench_stop(&bench);
+}
+
+static void test_the_end_of_the_connection_is_told(void) {
+    struct bench bench;
+    bench_start(&bench, 3);
+    CHECK(!readable(af_front_ended_fd(bench.front), 0));
+    shutdown(bench.kernel, SHUT_RDWR);
+    CHECK(readable(af_front_ended_fd(bench.front), LONG_MS));
+    bench_stop(&bench);
+}
+
+static void *open_up(void *argument) {
+    usleep(50000);
+    set_closed(argument, false);
+    return NULL;
+}
+
+static void test_stopping_answers_what_is_under_way(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    set_closed(&bench.volume, true);
+    for (uint64_t unique = 1; unique <= 5; unique++)
+        ask_write(&bench, unique, "slow");
+    await_inside(&bench, 5);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, open_up, &bench.volume) == 0);
+    af_front_drain(bench.front);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    CHECK(pthread_join(thread, NULL) == 0);
+    bench_stop(&bench);
+}
+
+static void test_stopping_with_nobody_at_the_other_end_of_a_full_socket(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    struct message request = message_make(FUSE_GETATTR, 1, NODE, "", 0);
+    while (send(bench.kernel, request.bytes, request.length, MSG_DONTWAIT) > 0)
+        continue;
+    usleep(50000);
+    bench_stop(&bench);
+}
+
+static void *hammer(void *argument) {
+    struct bench *bench = argument;
+    for (int i = 0; i < 2000; i++) {
+        af_front_unregister(bench->front, NODE);
+        CHECK_EQUAL(af_front_register(bench->front, NODE, &bench->volume, 1 << 20), 0);
+    }
+    return NULL;
+}
+
+static void *answer_for_libfuse(void *argument) {
+    struct bench *bench = argument;
+    struct message message;
+    ssize_t length;
+    while ((length = recv(bench->libfuse, message.bytes, sizeof message.bytes, 0)) > 0) {
+        struct fuse_in_header in;
+        memcpy(&in, message.bytes, sizeof in);
+        struct fuse_out_header out = {.len = sizeof out, .unique = in.unique, .error = -EAGAIN};
+        CHECK(send(bench->libfuse, &out, sizeof out, MSG_NOSIGNAL) == sizeof out);
+    }
+    return NULL;
+}
+
+/* Every request is answered once, by whomever. */
+static void test_registering_under_load(void) {
+    struct bench bench;
+    bench_start(&bench, 4);
+    pthread_t hammering;
+    pthread_t libfuse;
+    CHECK(pthread_create(&hammering, NULL, hammer, &bench) == 0);
+    CHECK(pthread_create(&libfuse, NULL, answer_for_libfuse, &bench) == 0);
+    for (uint64_t round = 0; round < 500; round++) {
+        for (uint64_t i = 0; i < 8; i++)
+            i % 2 ? ask_read(&bench, 8 * round + i + 1, 0) : ask_write(&bench, 8 * round + i + 1, "text");
+        unsigned seen = 0;
+        for (int i = 0; i < 8; i++) {
+            struct message message = take(bench.kernel);
+            struct fuse_out_header header;
+            memcpy(&header, message.bytes, sizeof header);
+            CHECK(header.error == 0 || header.error == -EAGAIN);
+            seen |= 1u << (header.unique - 8 * round - 1);
+        }
+        CHECK_EQUAL(seen, 255);
+    }
+    CHECK(pthread_join(hammering, NULL) == 0);
+    shutdown(bench.libfuse, SHUT_RDWR);
+    CHECK(pthread_join(libfuse, NULL) == 0);
+    bench_stop(&bench);
+}
+
+static void test_options(void) {
+    struct af_options options = {.device = -1, .socket = -1, .seats = 1, .request_bytes = 1000, .engine = &engine};
+    struct af_front *front;
+    CHECK_EQUAL(af_front_start(&options, &front), -EINVAL);
+    options.request_bytes = 0;
+    CHECK_EQUAL(af_front_start(&options, &front), -EINVAL);
+    options.request_bytes = 4096;
+    options.seats = AF_THREADS_MAX + 1;
+    CHECK_EQUAL(af_front_start(&options, &front), -EINVAL);
+    options.seats = 0;
+    CHECK_EQUAL(af_front_start(&options, &front), -EINVAL);
+}
+
+int main(void) {
+    static const struct test tests[] = {
+        {"served by the engine", test_served},
+        {"handed to libfuse and back", test_forwarded},
+        {"INIT and O_DIRECT opens are adjusted", test_adjusted},
+        {"slow requests do not hold up fast ones", test_slow_requests_do_not_hold_up_fast_ones},
+        {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},
+        {"the end of the connection is told", test_the_end_of_the_connection_is_told},
+        {"stopping answers what is under way", test_stopping_answers_what_is_under_way},
+        {"stopping with a full socket", test_stopping_with_nobody_at_the_other_end_of_a_full_socket},
+        {"registering under load", test_registering_under_load},
+        {"options", test_options},
+    };
+    return run_tests(tests, sizeof tests / sizeof tests[0]);
+}
