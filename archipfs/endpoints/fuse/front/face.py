@@ -1,7 +1,6 @@
 """The front's Python face."""
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -13,16 +12,6 @@ from archipfs.errors import from_errno
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class FrontStatistics:
-    served: int
-    """Requests that the front answered by itself."""
-    forwarded: int
-    """Requests that went to pyfuse3."""
-    volumes: int
-    threads: int
 
 
 class Front:
@@ -76,8 +65,3 @@ class Front:
         """End the kernel's connection before: see ``af_front_stop``."""
         front, self._front = self._front, None
         lib.af_front_stop(front)
-
-    def statistics(self) -> FrontStatistics:
-        counts = ffi.new("struct af_statistics *")
-        lib.af_front_statistics(self._front, counts)
-        return FrontStatistics(**{name: int(getattr(counts, name)) for name in FrontStatistics.__slots__})
