@@ -30,6 +30,7 @@ from archipfs.errors import (
     ObjectDamaged,
     ObjectMissing,
     ReadOnlyVolume,
+    StoreFull,
 )
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
@@ -396,8 +397,19 @@ class Composer:
         return RolledBack(kept, record)
 
     def remove(self, name: str, *, even_if_open: bool = False) -> None:
-        """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards."""
+        """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards.
+
+        It works on a full store too: to write down that something is removed takes room, which is kept back for that.
+        """
         found = self.find(name)
+        try:
+            self._remove(found, even_if_open=even_if_open)
+        except StoreFull:
+            if not found.mapper.blocker.relieve():
+                raise
+            self._remove(found, even_if_open=even_if_open)
+
+    def _remove(self, found: Found, *, even_if_open: bool) -> None:
         with self._locked(found) if even_if_open else self._alone(found, "remove") as opened:
             if not found.record.writable:
                 self._refuse_moved(found)

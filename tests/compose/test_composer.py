@@ -445,7 +445,9 @@ def test_another_nodes_volume_is_read_as_flushed_and_written_once_it_is_free(wor
         reader.write(0, pattern(3))
     composer.release(opened)
     reader.write(0, pattern(3))
-    assert reader.owned
+    lock = other.lock_of(other.find("vm"))
+    assert lock is not None
+    assert lock.host == "two"
     other.release(reader)
     assert content_of(composer, "vm")[:SECTOR_BYTES] == pattern(3)
 

@@ -419,7 +419,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 TestComposerModel = ComposerModel.TestCase
 TestComposerModel.settings = settings(
     settings.get_profile("long" if LONG else "default"),
-    max_examples=2000 if LONG else 150,
+    max_examples=2000 if LONG else 100,
     stateful_step_count=100 if LONG else 40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
