@@ -15,7 +15,7 @@ import pytest
 from archipfs.blockers import file as file_module
 from archipfs.blockers.contract import Blocker, Record
 from archipfs.blockers.fault import SimulatedCrash
-from archipfs.blockers.file import FileBlocker, store_error
+from archipfs.blockers.file import RESERVE_BYTES, FileBlocker, store_error
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
