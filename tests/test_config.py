@@ -131,6 +131,13 @@ def test_what_is_not_utf8_is_named_with_the_file(tmp_path: Path) -> None:
 # Adding a backend
 
 
+def test_a_file_whose_backends_stand_in_braces_is_left_alone(tmp_path: Path) -> None:
+    path = written(tmp_path, text := 'backend = {a = {driver = "x"}}\n')
+    with pytest.raises(InvalidConfig, match="stands in braces"):
+        save_backend(load_config(path=path), BackendConfig("new", "file", {}))
+    assert path.read_text() == text
+
+
 def test_a_first_backend_makes_the_file(tmp_path: Path) -> None:
     root = tmp_path / "new" / "root"
     added = BackendConfig("default", "file", {"path": "/srv/store", "pack_bytes": 1 << 20})
