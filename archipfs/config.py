@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+from tomlkit.items import InlineTable
 
 from archipfs.errors import InvalidConfig
 
@@ -78,7 +79,10 @@ def save_backend(config: Config, backend: BackendConfig) -> Config:
     document = tomlkit.parse(config.path.read_text(encoding="utf-8")) if config.path.exists() else tomlkit.document()
     table = tomlkit.table()
     table.update({"driver": backend.driver, **backend.options})
-    document.setdefault("backend", tomlkit.table(is_super_table=True))[backend.name] = table
+    backends = document.setdefault("backend", tomlkit.table(is_super_table=True))
+    if isinstance(backends, InlineTable):
+        raise InvalidConfig(f"{config.path}: backend stands in braces; write it as [backend.NAME] to have one added")
+    backends[backend.name] = table
     config.path.parent.mkdir(parents=True, exist_ok=True)
     temporary = config.path.with_name(f"{config.path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as stream:

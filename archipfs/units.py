@@ -6,7 +6,7 @@ from archipfs.errors import InvalidSize
 from archipfs.types import SIZE_BYTES_MAX
 
 _UNITS = ("", "K", "M", "G", "T", "P", "E")
-_SIZE_PATTERN = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*(?:([KMGTPE])(?:I?B)?|B)?", re.IGNORECASE)
+_SIZE_PATTERN = re.compile(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*(?:([KMGTPE])(?:I?B)?|B)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

@@ -196,6 +196,13 @@ class Blocker(ABC):
     def space(self) -> Space:
         """Room in the store now."""
 
+    def relieve(self) -> bool:
+        """Give up the room that is kept back so that things can be removed from a full store; whether there was any.
+
+        It is kept back anew once something was deleted. A store that cannot be full in that way keeps none.
+        """
+        return False
+
     @abstractmethod
     def describe(self) -> str:
         """Where it is, for people: a path, a pool."""

@@ -248,6 +248,9 @@ class FaultBlocker(Blocker):
     def space(self) -> Space:
         return self.ask("space", self._inner.space)
 
+    def relieve(self) -> bool:
+        return self.ask("relieve", self._inner.relieve)
+
     def describe(self) -> str:
         return f"{self._inner.describe()} (with faults)"
 

@@ -6,6 +6,7 @@
     data/<kind>/<ident>                         data objects: sparse files
     records/<kind>/<ident>/<version>            records: 20 decimal digits, the content is a tag byte and the value
     tmp/                                        what is not finished yet, cleared after a day
+    reserve                                     room kept back: taking something away from a full store needs some too
 
 There is no lock anywhere. link(2) and rename(2) are the atomic steps, on a local disk and on an NFS server. Durable
 means: the file is synced under a temporary name, gets its name, and then the directory that holds the name is synced.
@@ -108,6 +109,7 @@ _DELETED = b"-"
 _INTENT = "w"
 _VERSION_DIGITS = 20
 
+RESERVE_BYTES = 1 << 20
 _TMP_AGE_MAX_S = 24 * 3600
 _READ_BYTES = 64 << 10
 _ZEROS = bytes(1 << 20)
@@ -301,6 +303,7 @@ class FileBlocker(Blocker):
                         "mount its file system, or make it with `archip backend-create`"
                     )
             self._clear_tmp()
+            self._keep_reserve()
         except BaseException:
             self.close()
             raise
@@ -370,7 +373,34 @@ class FileBlocker(Blocker):
             except OSError as error:
                 log.warning("could not remove %s, left by a crash: %s", path, error)
 
+    def _keep_reserve(self) -> None:
+        """Have the reserve, if there is room for it. A store that is full, or only read, goes on without."""
+        path = self._reserve_path
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return
+        try:
+            os.posix_fallocate(fd, 0, RESERVE_BYTES)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+    def relieve(self) -> bool:
+        with _errors_as(f"giving up {self._reserve_path}"):
+            try:
+                os.unlink(self._reserve_path)
+            except FileNotFoundError:
+                return False
+            return True
+
     # Paths
+
+    @property
+    def _reserve_path(self) -> str:
+        return f"{self._root}/reserve"
 
     def _tmp_path(self) -> str:
         return f"{self._root}/tmp/{_unique()}"
@@ -508,6 +538,7 @@ class FileBlocker(Blocker):
     def delete_data(self, key: str) -> None:
         directory, path = self._data_path(key)
         self._remove_file(directory, path)
+        self._keep_reserve()
 
     def list_data(self, kind: str) -> Iterator[str]:
         check_kind(kind)

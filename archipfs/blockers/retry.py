@@ -152,6 +152,9 @@ class RetryBlocker(Blocker):
     def space(self) -> Space:
         return self._policy.run(lambda _: self._inner.space())
 
+    def relieve(self) -> bool:
+        return self._inner.relieve()
+
     def describe(self) -> str:
         return self._inner.describe()
 

@@ -30,6 +30,7 @@ from archipfs.errors import (
     ObjectDamaged,
     ObjectMissing,
     ReadOnlyVolume,
+    StoreFull,
 )
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
@@ -387,12 +388,14 @@ class Composer:
             raise InvalidInput(f"{snapshot} is not a snapshot; see `archip volume-list`")
         if not found.record.writable:
             raise ReadOnlyVolume(f"{name} is a snapshot and does not change; clone it to write")
-        if source.mapper is not found.mapper or not self._descends(found, source.record):
-            raise InvalidInput(f"{snapshot} is not a snapshot of {name}; clone it instead")
         mapper = found.mapper
-        kept_name = self._free_name(_kept_name(name))
-        with self._alone(found, "roll back") as opened, mapper.reserve(kept_name) as reservation:
+        with ExitStack() as stack:
+            opened = stack.enter_context(self._alone(found, "roll back"))
             opened.start()
+            # Only now do the layers stay what they are.
+            if source.mapper is not mapper or not self._descends(mapper, opened.record, source.record):
+                raise InvalidInput(f"{snapshot} is not a snapshot of {name}; clone it instead")
+            reservation = stack.enter_context(mapper.reserve(self._free_name(_kept_name(name))))
             frozen = opened.freeze()
             kept = mapper.publish_snapshot(reservation, opened.record, frozen.layer, frozen.size).record
             with mapper.new_layer(source.record.layer, source.record.size) as head:
@@ -405,8 +408,19 @@ class Composer:
         return RolledBack(kept, record)
 
     def remove(self, name: str, *, even_if_open: bool = False) -> None:
-        """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards."""
+        """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards.
+
+        It works on a full store too: to write down that something is removed takes room, which is kept back for that.
+        """
         found = self.find(name)
+        try:
+            self._remove(found, even_if_open=even_if_open)
+        except StoreFull:
+            if not found.mapper.blocker.relieve():
+                raise
+            self._remove(found, even_if_open=even_if_open)
+
+    def _remove(self, found: Found, *, even_if_open: bool) -> None:
         with self._locked(found) if even_if_open else self._alone(found, "remove") as opened:
             if not found.record.writable:
                 self._refuse_moved(found)
@@ -605,10 +619,10 @@ class Composer:
             )
         return size
 
-    def _descends(self, found: Found, snapshot: VolumeRecord) -> bool:
-        if snapshot.origin == found.record.id:
+    def _descends(self, mapper: Mapper, record: VolumeRecord, snapshot: VolumeRecord) -> bool:
+        if snapshot.origin == record.id:
             return True
-        return any(layer.record.id == snapshot.layer for layer in found.mapper.catalog.chain(found.record.layer))
+        return any(layer.record.id == snapshot.layer for layer in mapper.catalog.chain(record.layer))
 
     def _free_name(self, name: str) -> str:
         candidate, number = name, 1

@@ -14,7 +14,7 @@ import msgspec
 
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
-from archipfs.errors import Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
+from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
@@ -285,18 +285,21 @@ class OpenVolume:
         """Make it ``size`` bytes large. What a shrink cuts off reads as zeros if it grows again."""
         with self.control:
             engine, lease = self.engine, self._owned_lease()
-            if size > self.record.size:
-                # What a shrink cut off may still be in the store. Once the larger size is committed, it could be seen.
-                self._flush(engine, lease)
-            else:
-                self._verify(engine, lease)
+            # What a shrink cut off may still be in the store. Once a larger size is committed, it could be seen.
+            self._flush(engine, lease)
+            if engine.size != self.record.size:
+                self._commit(self.record, engine.size)
             engine.pause()
             try:
                 shrinks = size < engine.size
                 if shrinks:
                     engine.announce_size(size)
                 visible = min(self.record.visible, size) if shrinks else self.record.visible
-                self._change(size=size, visible=visible, mtime_ns=time.time_ns())
+                try:
+                    self._change(size=size, visible=visible, mtime_ns=time.time_ns())
+                except ArchipError:
+                    engine.announce_size(engine.size)
+                    raise
                 engine.resize(size)
             finally:
                 engine.resume()

@@ -15,7 +15,7 @@ import pytest
 from archipfs.blockers import file as file_module
 from archipfs.blockers.contract import Blocker, Record
 from archipfs.blockers.fault import SimulatedCrash
-from archipfs.blockers.file import FileBlocker, store_error
+from archipfs.blockers.file import RESERVE_BYTES, FileBlocker, store_error
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -88,7 +88,7 @@ def test_create_makes_the_layout_and_may_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "some" / "where" / "store"
     blocker = FileBlocker.create(path)
     version = blocker.put_record("volume/a", b"x", None)
-    assert sorted(os.listdir(path)) == ["data", "objects", "records", "tmp"]
+    assert sorted(os.listdir(path)) == ["data", "objects", "records", "reserve", "tmp"]
     assert path.stat().st_mode & 0o777 == 0o700
     again = FileBlocker.create(str(path))
     assert again.get_record("volume/a") == Record(b"x", version)
@@ -551,7 +551,7 @@ def churn_in_process(path: str, seed: int, answers: Any) -> None:
 
 def test_create_replace_delete_by_processes(tmp_path: Path) -> None:
     blocker = FileBlocker.create(tmp_path)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     answers = context.Queue()
     processes = [
         context.Process(target=churn_in_process, args=(str(tmp_path), seed, answers), daemon=True) for seed in range(4)
@@ -565,3 +565,14 @@ def test_create_replace_delete_by_processes(tmp_path: Path) -> None:
     check_churn(histories, blocker, "volume/a")
     assert os.listdir(tmp_path / "tmp") == []
     assert len(os.listdir(tmp_path / "records" / "volume" / "a")) == 1
+
+
+def test_the_reserve_is_given_up_once_and_kept_anew_after_a_deletion(tmp_path: Path) -> None:
+    blocker = FileBlocker.create(tmp_path)
+    assert (tmp_path / "reserve").stat().st_blocks * 512 >= RESERVE_BYTES
+    assert blocker.relieve()
+    assert not (tmp_path / "reserve").exists()
+    assert not blocker.relieve()
+    blocker.create_data("layer/a").close()
+    blocker.delete_data("layer/a")
+    assert (tmp_path / "reserve").exists()

@@ -147,5 +147,5 @@ def every_second(limit: int) -> Callable[[int], Iterator[int]]:
 
 
 def whole_second(first: int) -> Iterator[int]:
-    """All of the second operation within the first; and a cut that depends on where."""
-    return iter((NEVER, 3 + 5 * first % 11))
+    """All of the second operation within the first; at every third place also a part of it first."""
+    return iter((NEVER,) if first % 3 else (NEVER, 3 + 5 * first % 11))

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -444,7 +445,9 @@ def test_another_nodes_volume_is_read_as_flushed_and_written_once_it_is_free(wor
         reader.write(0, pattern(3))
     composer.release(opened)
     reader.write(0, pattern(3))
-    assert reader.owned
+    lock = other.lock_of(other.find("vm"))
+    assert lock is not None
+    assert lock.host == "two"
     other.release(reader)
     assert content_of(composer, "vm")[:SECTOR_BYTES] == pattern(3)
 
@@ -666,7 +669,7 @@ def test_removing_takes_only_the_volume_that_had_the_name(world: World, composer
         blocker = SteppedBlocker(other.store)
         both = other.composer(blocker)
         removal, renaming, _ = Schedule(calls, NEVER).run(
-            blocker, lambda both=both: both.remove("vm"), lambda both=both: both.rename("vm", "kept")
+            blocker, partial(both.remove, "vm"), partial(both.rename, "vm", "kept")
         )
         names = {str(found.record.name) for found in both.volumes()}
         assert names == ({"kept"} if renaming.succeeded else set())
@@ -688,8 +691,8 @@ def test_of_two_renames_onto_one_name_both_are_done_in_some_order(tmp_path: Path
         both = world.composer(blocker)
         one, two, whole = Schedule(calls, NEVER).run(
             blocker,
-            lambda both=both: both.rename("a", "x", replace=True),
-            lambda both=both: both.rename("b", "x", replace=True),
+            partial(both.rename, "a", "x", replace=True),
+            partial(both.rename, "b", "x", replace=True),
         )
         assert [one.error, two.error] == [None, None]
         assert [str(found.record.name) for found in both.volumes()] == ["x"]

@@ -20,7 +20,7 @@ from archipfs.blockers.fault import SimulatedCrash
 from archipfs.compose import composer as composer_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.volume import OpenVolume
-from archipfs.errors import Busy, InvalidInput
+from archipfs.errors import Busy, InvalidInput, NotFound
 from archipfs.types import SECTOR_BYTES
 from tests.compose.world import World
 
@@ -381,7 +381,7 @@ class ComposerModel(RuleBasedStateMachine):
         self.start_again(power_lost=power, seed=seed)
         try:
             self.composer.find(snapshot)
-        except composer_module.NotFound:
+        except NotFound:
             pass
         else:
             self.expected[name].flushed()
@@ -419,7 +419,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 TestComposerModel = ComposerModel.TestCase
 TestComposerModel.settings = settings(
     settings.get_profile("long" if LONG else "default"),
-    max_examples=2000 if LONG else 150,
+    max_examples=2000 if LONG else 100,
     stateful_step_count=100 if LONG else 40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

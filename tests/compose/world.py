@@ -106,7 +106,8 @@ def read_live_files(directory: Path) -> dict[str, LiveFile]:
 def _read_sparse(path: Path) -> LiveFile:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        size, pieces, end = os.fstat(descriptor).st_size, [], 0
+        size, end = os.fstat(descriptor).st_size, 0
+        pieces: list[tuple[int, bytes]] = []
         while True:
             try:
                 begin = os.lseek(descriptor, end, os.SEEK_DATA)

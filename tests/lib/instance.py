@@ -84,7 +84,11 @@ class Instance:
         self.root.mkdir()
         self.path.mkdir()
         if store is not None:
-            self.archip("backend-create", "default", "--driver", "file", "--path", str(store))
+            try:
+                self.archip("backend-create", "default", "--driver", "file", "--path", store)
+            except AssertionError:
+                self.remove()  # nobody else knows of it yet
+                raise
 
     # The command line
 

@@ -1,6 +1,7 @@
 """Locks of two nodes on one store: who has one, who is refused, who is fenced."""
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_in_every_order_of_their_calls_one_of_two_nodes_wins() -> None:
         nodes = Nodes()
         blocker = SteppedBlocker(nodes.store)
         one, two = (Locks(Catalog(blocker), Node(host, host)) for host in ("one", "two"))
-        *outcomes, whole = schedule.run(blocker, lambda one=one: take(one), lambda two=two: take(two))
+        *outcomes, whole = schedule.run(blocker, partial(take, one), partial(take, two))
         assert sorted(outcome.succeeded for outcome in outcomes) == [False, True]
         if whole:
             return
@@ -181,9 +182,7 @@ def test_breaking_beside_taking_leaves_no_lease_that_is_good_by_mistake() -> Non
         take(nodes.one)
         blocker = SteppedBlocker(nodes.store)
         one, two = (Locks(Catalog(blocker), Node(f"node-{host}", host)) for host in ("one", "two"))
-        taken, broken, whole = schedule.run(
-            blocker, lambda one=one: take(one, Hold.LOCKED), lambda two=two: two.break_(VOLUME)
-        )
+        taken, broken, whole = schedule.run(blocker, partial(take, one, Hold.LOCKED), partial(two.break_, VOLUME))
         assert taken.succeeded
         assert broken.succeeded
         lease = taken.result

@@ -134,7 +134,7 @@ def test_a_bad_name_leaves_nothing(world: World) -> None:
 @pytest.mark.parametrize("moment", [Moment.BEFORE, Moment.AFTER])
 @pytest.mark.parametrize("error", [StoreFull, StoreUnavailable])
 def test_a_store_that_fails_leaves_nothing_that_reclaim_does_not_take(
-    world: World, moment: Moment, error: type[ArchipError]
+    world: World, moment: Moment, error: type[StoreError]
 ) -> None:
     """At every call; and the name can be used afterwards, unless the volume is there after all."""
     for number in itertools.count(1):

@@ -62,7 +62,7 @@ NAME = NameRecord("vm", "0" * 32)  # type: ignore[arg-type]
 
 
 def read(record: AnyRecord, value: bytes) -> AnyRecord:
-    return decode(type(record), "kind/ident", value)  # type: ignore[type-var,no-any-return]
+    return decode(type(record), "kind/ident", value)  # type: ignore[type-var]
 
 
 def framed(payload: bytes, *, kind: str = "name", version: str = "1", nonce: str = "00") -> bytes:

@@ -256,10 +256,11 @@ def test_a_command_with_a_bad_value_changes_nothing(mount: Instance, name: str, 
     assert names(mount) == ["monday", "vm1"]
 
 
-def test_a_snapshot_of_nothing_is_invalid(mount: Instance) -> None:
+@pytest.mark.parametrize("name", ["snapshot", "clone"])
+def test_a_snapshot_or_clone_of_nothing_is_invalid(mount: Instance, name: str) -> None:
     (mount.path / "empty").touch()
     with refused(errno.EINVAL):
-        snapshot(mount.path / "empty", "monday")
+        command(mount.path / "empty", name, "monday")
     assert names(mount) == ["empty"]
 
 

@@ -105,6 +105,7 @@ class Model(RuleBasedStateMachine):
     def take_snapshot(self) -> None:
         self.others[snapshot(self.path, self.new_name("s"))] = bytes(self.content)
 
+    @precondition(lambda self: len(self.content) > 0)
     @rule()
     def make_clone(self) -> None:
         self.others[clone(self.path, self.new_name("c"))] = bytes(self.content)
