@@ -13,6 +13,7 @@ import pytest
 from archipfs.blockers.fault import Moment
 from archipfs.compose import composer as composer_module
 from archipfs.compose.composer import Composer
+from archipfs.compose.engine import EngineVolume
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -31,7 +32,7 @@ from archipfs.errors import (
 )
 from archipfs.map.check import Severity
 from archipfs.map.records import Hold, Kind, VolumeRecord
-from archipfs.types import SECTOR_BYTES, SIZE_BYTES_MAX, VOLUME_BYTES_MAX
+from archipfs.types import SECTOR_BYTES, SIZE_BYTES_MAX, VOLUME_BYTES_MAX, VolumeId
 from tests.compose.interleave import NEVER, Schedule, SteppedBlocker
 from tests.compose.world import World, content_of, fill, pattern, see
 
@@ -828,3 +829,43 @@ def test_the_record_of_a_volume_is_not_lost_to_attributes_set_at_the_same_time(c
             thread.join()
     for number in range(20):
         assert content_of(composer, f"vm@{number}") == pattern(number) + CONTENT[SECTOR_BYTES:]
+
+
+# Endpoints that call engines past us
+
+
+class User:
+    """Notes what it is told, and looks whether that is so."""
+
+    def __init__(self) -> None:
+        self.serving: dict[VolumeId, EngineVolume] = {}
+        self.told = 0
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        assert volume not in self.serving
+        assert engine.size <= size_max
+        self.serving[volume] = engine
+        self.told += 1
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        assert self.serving.pop(volume).address()  # raises, once it is closed
+
+
+def test_an_engine_is_announced_before_it_is_used_and_withdrawn_before_it_is_closed(composer: Composer) -> None:
+    user = User()
+    composer.add_engine_user(user)
+    with composer.using(composer.find("vm")) as opened:
+        assert list(user.serving) == [opened.id]
+        # What C code writes past us counts as any other write.
+        user.serving[opened.id].write(opened.size, b"grown")
+        assert composer.find("vm").record.size == opened.size
+    assert user.serving == {}
+    composer.snapshot("vm", "later")
+    with composer.using(composer.find("snap")) as opened:
+        assert list(user.serving) == [opened.id]
+    composer.rollback("vm", "snap")
+    assert user.serving == {}
+    assert user.told >= 5
+    composer.open(composer.find("vm"))
+    composer.close_all()
+    assert user.serving == {}

@@ -142,6 +142,46 @@ static void test_growth_shows_zeros(void) {
     rig_end(&rig);
 }
 
+static void test_grow(void) {
+    struct rig rig;
+    rig_start(&rig, 2 * SECTOR);
+    put(&rig, 0, 2 * SECTOR, 'a');
+    rig_snapshot(&rig);
+    CHECK_EQUAL(ae_grow(rig.volume, SECTOR), 0);
+    CHECK_EQUAL(ae_volume_size(rig.volume), 2 * SECTOR);
+    CHECK_EQUAL(ae_grow(rig.volume, 5 * SECTOR + 1), 0);
+    CHECK_EQUAL(ae_volume_size(rig.volume), 5 * SECTOR + 1);
+    CHECK_EQUAL(ae_layer_live_size(rig.layers[0]), 5 * SECTOR + 1);
+    CHECK_EQUAL(get(&rig, 2 * SECTOR - 1), 'a');
+    CHECK_EQUAL(get(&rig, 5 * SECTOR), 0);
+    CHECK_EQUAL(ae_grow(rig.volume, AE_SIZE_MAX + 1), -EFBIG);
+    ae_volume_fence(rig.volume);
+    CHECK_EQUAL(ae_grow(rig.volume, 9 * SECTOR), -EIO);
+    rig_end(&rig);
+}
+
+static void test_the_time_of_change(void) {
+    struct rig rig;
+    rig_start(&rig, 2 * SECTOR);
+    CHECK_EQUAL(ae_volume_changed_ns(rig.volume), 0);
+    CHECK_EQUAL(get(&rig, 0), 0);
+    CHECK_EQUAL(ae_discard(rig.volume, 9 * SECTOR, SECTOR), 0);
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    CHECK_EQUAL(ae_volume_changed_ns(rig.volume), 0);
+    struct timespec before;
+    CHECK_EQUAL(clock_gettime(CLOCK_REALTIME_COARSE, &before), 0);
+    put(&rig, 0, 1, 'a');
+    CHECK(ae_volume_changed_ns(rig.volume) >= (uint64_t)before.tv_sec * 1000000000u + (uint64_t)before.tv_nsec);
+    ae_volume_forget_change(rig.volume);
+    CHECK_EQUAL(ae_volume_changed_ns(rig.volume), 0);
+    CHECK_EQUAL(ae_discard(rig.volume, 0, 1), 0);
+    CHECK(ae_volume_changed_ns(rig.volume) != 0);
+    ae_volume_forget_change(rig.volume);
+    CHECK_EQUAL(ae_grow(rig.volume, 3 * SECTOR), 0);
+    CHECK(ae_volume_changed_ns(rig.volume) != 0);
+    rig_end(&rig);
+}
+
 static void test_open_cuts_the_data_object(void) {
     struct rig rig;
     rig_start(&rig, 4 * SECTOR);
@@ -637,6 +677,8 @@ int main(void) {
     static const struct test tests[] = {
         {"ranges at the borders of the number line", test_ranges},
         {"growth shows zeros, not the parent", test_growth_shows_zeros},
+        {"growth by itself", test_grow},
+        {"the time of change", test_the_time_of_change},
         {"open cuts the data object", test_open_cuts_the_data_object},
         {"large and empty is cheap", test_large_and_empty_is_cheap},
         {"a failed write leaves the old", test_failed_write_leaves_the_old},
