@@ -129,6 +129,11 @@ static void handle(struct af_server *server, char *message, size_t length) {
     }
 }
 
+/* Other errors are about the one request that was to be read: interrupted, or gone meanwhile. */
+static bool is_end(ssize_t length, int error) {
+    return length == 0 || error == ENODEV || error == ECONNABORTED || error == EBADF || error == EINVAL;
+}
+
 static void run_server(struct af_server *server) {
     struct af_front *front = server->context;
     char *message = server->buffer + front->page_bytes - WRITE_HEADER_BYTES;
@@ -143,7 +148,7 @@ static void run_server(struct af_server *server) {
             af_call_begin(server);
             handle(server, message, (size_t)length);
             af_call_end(server);
-        } else if (error != EINTR && error != EAGAIN && error != ENOENT) {
+        } else if (is_end(length, error)) {
             (void)!write(front->ended_fd, &(uint64_t){1}, sizeof(uint64_t));
             return;
         }
