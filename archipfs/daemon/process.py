@@ -28,9 +28,8 @@ HOUSEKEEPING_SECONDS = 1.0
 def serve(config: Config, mountpoint: Path, *, front: bool, threads: int | None, ready: Callable[[], None]) -> None:
     """Mount at ``mountpoint`` and serve it; ``ready`` is called once it can be used.
 
-    ``front``: with the native front, and so many threads in it, or as many as suits the machine.
-
-    Returns when it was unmounted, or stopped by SIGTERM or SIGINT; everything is flushed by then.
+    With the native ``front`` or without; ``threads`` as ``Mount`` has it. Returns when it was unmounted, or
+    stopped by SIGTERM or SIGINT; everything is flushed by then.
     """
     _allow_many_files()
     with exclusive(config, holder={"pid": os.getpid(), "mountpoint": str(mountpoint)}):

@@ -81,9 +81,9 @@ class Mount:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
         with theirs:
-            # What libfuse takes for an open /dev/fuse, and closes in the end.
-            self._begin_pyfuse3(f"/dev/fd/{theirs.fileno()}", undo)
             room = min(_enlarge(ours), _enlarge(theirs)) - MESSAGE_ROOM_BYTES
+            # libfuse takes it for an open /dev/fuse, and closes it in the end.
+            self._begin_pyfuse3(f"/dev/fd/{theirs.fileno()}", undo)
             theirs.detach()
         request_bytes = min(REQUEST_BYTES, 1 << (room.bit_length() - 1))
         device = open_mounted(self.mountpoint, read_bytes_max=request_bytes)

@@ -15,18 +15,18 @@ void af_answer_whole(int device, const void *message, size_t length);
 /* Whether the front serves this kind of request by itself. */
 bool af_is_served(enum af_kind kind);
 
-/* Serves, which may wait for a disk; a read uses `buffer`, which has room for it, and `*answer` is what to send of it.
- */
+/* What to answer. */
 struct af_result {
-    int error;
+    int error; /* 0 or a negative errno */
     const void *data;
     size_t length;
-    uint64_t body[1]; /* what `data` points at where it is not the buffer */
+    uint64_t body[1]; /* what `data` points at where it is not a read's buffer */
 };
 
-/* A read that memory can answer; false if it would wait. */
+/* A read that memory can answer, into `buffer`; false if it would wait. */
 bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
                      void *buffer, struct af_result *result);
+/* Any request that is served here; may wait for a disk. A read goes into `buffer`, which has room for it. */
 void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
               void *buffer, struct af_result *result);
 

@@ -56,7 +56,7 @@ static void count(_Atomic uint64_t *counter) {
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
 }
 
-/* The kernel allows for an error here that is not FUSE's own; libfuse would answer ENOSYS, which it takes for good. */
+/* pyfuse3 has no handler for these: libfuse would answer ENOSYS, and the kernel never ask again, for no volume. */
 static int refusal_of(enum af_kind kind) {
     switch (kind) {
     case AF_ALLOCATE:
