@@ -76,7 +76,6 @@ Why this is right:
 import ctypes
 import errno
 import hashlib
-import logging
 import os
 import secrets
 import socket
@@ -85,6 +84,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
+
+import structlog
 
 from archipfs.blockers.contract import Blocker, DataObject, Record, Space, check_key, check_kind, check_range
 from archipfs.errors import (
@@ -101,7 +102,7 @@ from archipfs.errors import (
 )
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 _AREAS = ("objects", "data", "records", "tmp")
 _LIVE = b"="
@@ -371,7 +372,7 @@ class FileBlocker(Blocker):
             except FileNotFoundError:
                 continue
             except OSError as error:
-                log.warning("could not remove %s, left by a crash: %s", path, error)
+                log.warning("could not remove what a crash left", path=path, error=str(error))
 
     def _keep_reserve(self) -> None:
         """Have the reserve, if there is room for it. A store that is full, or only read, goes on without."""

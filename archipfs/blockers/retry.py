@@ -16,16 +16,17 @@ more than that (``delete_record`` does not: deleting what is gone succeeds):
     anything that caches below us. The caller has to treat what was not flushed before as lost or not, sector by sector.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
+
 from archipfs.blockers.contract import Blocker, DataObject, Record, Space
 from archipfs.errors import AlreadyExists, Conflict, StoreUnavailable
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class RetryPolicy:
                 attempt += 1
                 if attempt >= self.attempts or self.clock() + delay_s > deadline_s:
                     raise
-                log.warning("%s (attempt %d, again in %.2f s)", error, attempt, delay_s)
+                log.warning("store call is tried again", error=str(error), attempt=attempt, delay_s=round(delay_s, 2))
             self.sleep(delay_s)
             delay_s = min(2 * delay_s, self.delay_max_s)
 

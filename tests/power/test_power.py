@@ -77,7 +77,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def instance(disk: Disk, make_instance: MakeInstance) -> Instance:
     made = make_instance(store=disk.path / "store")
     # A store that vanishes under the daemon is an error that it has to report.
-    made.expect_log("EIO|Input/output error|failed|fenced|damaged|shut down")
+    made.expect_log("EIO|Input/output error|failed|fenced|damaged|shut down|gone away")
     return made.mount()
 
 

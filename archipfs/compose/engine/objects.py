@@ -5,16 +5,17 @@ and :func:`call` raises it again on the other side.
 """
 
 import errno
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import structlog
 
 from archipfs.blockers.contract import DataObject
 from archipfs.compose._engine import ffi, lib
 from archipfs.errors import ArchipError, FormatTooNew, ObjectDamaged, StoreError, errno_of, from_errno
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 
 class _ThreadState(threading.local):
