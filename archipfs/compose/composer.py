@@ -30,6 +30,7 @@ from archipfs.errors import (
     ObjectDamaged,
     ObjectMissing,
     ReadOnlyVolume,
+    StoreError,
     StoreFull,
 )
 from archipfs.map.mapper import Attributes, Mapper
@@ -269,8 +270,10 @@ class Composer:
             with self._lock_held(found, opened):
                 yield opened
         finally:
-            self.release(opened)
-            opened.control.release()
+            try:
+                self.release(opened)
+            finally:
+                opened.control.release()
 
     @contextmanager
     def _lock_held(self, found: Found, opened: OpenVolume) -> Iterator[None]:
@@ -278,12 +281,14 @@ class Composer:
             yield
             return
         called = str(found.record.name)
+        # Left by a crash, or by a close that failed: it stays, with the live bitmap beside it, for whoever opens it.
+        was_ours = found.mapper.locks.holds(found.record.id, Hold.IO)
         found.mapper.locks.take(found.record.id, Hold.IO, called=called)
         try:
             self._refuse_moved(found)
             yield
         finally:
-            if not (opened.started and opened.owned):
+            if not was_ours and not (opened.started and opened.owned):
                 found.mapper.locks.give_back(found.record.id, Hold.IO, called=called)
 
     # Making
@@ -471,8 +476,9 @@ class Composer:
         found = self.find(name)
         found.mapper.locks.give_back(found.record.id, Hold.OPENED, called=name)
 
-    def verify_leases(self) -> None:
-        """Fence the volumes whose locks were broken."""
+    def verify_leases(self) -> list[VolumeId]:
+        """Fence the volumes whose locks were broken; which ones that is true of now."""
+        fenced = []
         for opened in self.open_volumes():
             if not opened.control.acquire(blocking=False):
                 continue  # whoever is at work with it looks himself, or gives the lock back
@@ -480,29 +486,49 @@ class Composer:
                 opened.verify_lease()
             except Fenced as error:
                 log.error("fenced", volume=opened.name, error=str(error))
+                fenced.append(opened.id)
+            except ArchipError as error:
+                log.error("lock not verified, it is tried again", volume=opened.id, error=str(error))
             finally:
                 opened.control.release()
+        return fenced
 
     # The whole
 
     def recover(self) -> None:
-        """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to."""
+        """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to.
+
+        What cannot be done now, as in a store that is full or damaged somewhere, is logged and left for the next time.
+        """
         layers: set[LayerId] = set()
         for mapper in self._mappers.values():
             for record in mapper.removed():
-                try:
-                    mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
-                except LockHeld:
-                    continue  # open on another node, which purges it when it closes it
-                except (ObjectDamaged, FormatTooNew) as error:
-                    log.error("not purged", volume=record.id, error=str(error))
-                    continue
-                mapper.purge(record)
+                self._purge_removed(mapper, record)
             self._reclaim(mapper)
-            mapper.forget_stray_locks()
+            try:
+                mapper.forget_stray_locks()
+            except StoreError as error:
+                log.error("stray locks stay", backend=mapper.backend, error=str(error))
             layers |= {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
         self._live.forget_unless(layers.__contains__)
         self._recover_open(self._live.layers())
+
+    def _purge_removed(self, mapper: Mapper, record: VolumeRecord) -> None:
+        def purge() -> None:
+            if record.writable:
+                mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
+            mapper.purge(record)
+
+        try:
+            try:
+                purge()
+            except StoreFull:
+                mapper.blocker.relieve()
+                purge()
+        except LockHeld:
+            return  # open on another node, which purges it when it closes it
+        except ArchipError as error:
+            log.error("not purged", volume=record.id, error=str(error))
 
     def _recover_open(self, live: set[LayerId]) -> None:
         """Open and close the volumes that were open at the crash: their sizes and times of change come from what the
@@ -524,17 +550,21 @@ class Composer:
                 return
             self._reclaim_wanted = False
             for mapper in self._mappers.values():
-                self._reclaim(mapper)
+                self._reclaim_wanted |= not self._reclaim(mapper)
 
-    def _reclaim(self, mapper: Mapper) -> None:
-        """A store that is damaged somewhere gives no space back, but works otherwise."""
+    def _reclaim(self, mapper: Mapper) -> bool:
+        """False if it has to be tried again. A store that is damaged somewhere gives no space back, but works."""
         try:
             freed = mapper.reclaim()
         except (ObjectDamaged, ObjectMissing, FormatTooNew) as error:
             log.error("nothing reclaimed", backend=mapper.backend, error=str(error))
-            return
+            return True
+        except StoreError as error:
+            log.warning("nothing reclaimed, it is tried again", backend=mapper.backend, error=str(error))
+            return False
         if freed.layers:
             log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
+        return True
 
     def close_all(self) -> None:
         """Flush and close everything, whoever uses it. Errors are raised at the end, the first one."""

@@ -55,6 +55,7 @@ class OpenVolume:
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
         self._lease: LockRecord | None = None
+        self._fenced = False
 
     # Starting and stopping, by the composer, under ``control``
 
@@ -89,6 +90,8 @@ class OpenVolume:
         with self.control:
             if self._engine is not None:
                 return
+            # A lock that a crash left is kept when opening fails: the live bitmap beside it has all that is known.
+            was_ours = self.mapper.locks.holds(self.id, Hold.IO)
             lease = self.mapper.locks.take(self.id, Hold.IO, called=self.name)
             try:
                 # Only now is the record ours alone to change.
@@ -102,7 +105,8 @@ class OpenVolume:
                     for layer in layers:
                         layer.close()
             except BaseException:
-                self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
+                if not was_ours:
+                    self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease = record, lease
             self._begin(engine)
@@ -122,7 +126,7 @@ class OpenVolume:
             if self.record.name is None:
                 self._purge()
         finally:
-            self._engine, self._lease, self._record = None, None, None
+            self._engine, self._lease, self._record, self._fenced = None, None, None, False
 
     def _purge(self) -> None:
         """Delete the removed volume, unless another node has it open: then that one does so when it closes it."""
@@ -185,15 +189,13 @@ class OpenVolume:
         return self._lease is not None or not self.record.writable
 
     def present_record(self) -> VolumeRecord | None:
-        """The record with the size and time that writes not committed yet have given it; ``None`` if not started.
+        """The record with the size and time that writes not committed yet have given it; ``None`` if not ours.
 
         May be called at any time, also while another thread starts or stops the volume.
         """
         engine, record = self._engine, self._record
-        if record is None:
+        if record is None or engine is None:
             return None
-        if engine is None:
-            return record
         return msgspec.structs.replace(record, size=engine.size, mtime_ns=max(engine.changed_ns, record.mtime_ns))
 
     @property
@@ -224,14 +226,17 @@ class OpenVolume:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """As ``read``, but ``None`` where that would have to wait."""
-        return self._engine.read_nowait(offset, length) if self._engine is not None else None
+        if self._engine is None or self._fenced:
+            return None
+        return self._engine.read_nowait(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
+        if self._fenced:
+            raise Fenced(f"the lock of {self.name} was broken by another node; close it and open it again")
         if self._engine is not None:
             return self._engine.read(offset, length)
-        self._record = self.mapper.catalog.volume(self.id).record
-        engine = self._durable_engine(self._record)
+        engine = self._durable_engine(self.mapper.catalog.volume(self.id).record)
         try:
             return engine.read(offset, length)
         finally:
@@ -268,6 +273,7 @@ class OpenVolume:
             # What a shrink cut off the head must be gone for good before the head becomes a parent, which is not cut
             # when it is opened. It also leaves little to do for the flush below.
             self._flush(engine, lease)
+            self._verify(engine, lease)  # that may have taken long
             self.mapper.limit_parent(record.layer, record.visible)
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
@@ -294,15 +300,28 @@ class OpenVolume:
                 shrinks = size < engine.size
                 if shrinks:
                     engine.announce_size(size)
-                visible = min(self.record.visible, size) if shrinks else self.record.visible
-                try:
-                    self._change(size=size, visible=visible, mtime_ns=time.time_ns())
-                except ArchipError:
-                    engine.announce_size(engine.size)
-                    raise
+                visible = min(self.record.visible, size) if shrinks else self._visible(engine, size)
+                self._change_size(engine, size, visible)
                 engine.resize(size)
             finally:
                 engine.resume()
+
+    def _change_size(self, engine: EngineVolume, size: int, visible: int) -> None:
+        """Commit a new size. A store that failed at it is asked whether it happened all the same."""
+        try:
+            self._change(size=size, visible=visible, mtime_ns=time.time_ns())
+        except Fenced:
+            raise
+        except ArchipError:
+            try:
+                found = self.mapper.catalog.volume(self.id).record
+            except ArchipError:
+                engine.fail()
+                raise
+            if (found.size, found.visible) != (size, visible):
+                engine.announce_size(engine.size)
+                raise
+            self._record = found
 
     def replace_layers(self, layer: LayerId, visible: int) -> None:
         """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
@@ -341,8 +360,14 @@ class OpenVolume:
         try:
             self.mapper.locks.verify(lease, called=self.name)
         except Fenced:
-            engine.fence()
+            self._fence(engine)
             raise
+
+    def _fence(self, engine: EngineVolume) -> None:
+        """Write no more, and read no more either: what we have in memory is not what the volume holds now."""
+        engine.fence()
+        self._fenced = True
+        self._end()
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
         try:
@@ -359,7 +384,12 @@ class OpenVolume:
         """Write size and time of last change to the record if they differ."""
         mtime_ns = self.mtime_ns
         if size != record.size or mtime_ns != record.mtime_ns:
-            self._change(size=size, mtime_ns=mtime_ns)
+            self._change(size=size, mtime_ns=mtime_ns, visible=self._visible(self.engine, size))
+
+    def _visible(self, engine: EngineVolume, size: int) -> int:
+        """What ``visible`` must be beside a larger ``size``: the parent may hold what lay beyond the end, written when
+        power was lost, and must not show it now that the end moves on."""
+        return min(self.record.visible, engine.parent_visible) if size > self.record.size else self.record.visible
 
     def _change(self, **fields: object) -> None:
         """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile."""
@@ -374,7 +404,7 @@ class OpenVolume:
             self._record = self.mapper.change(self.id, edit).record
         except Fenced:
             if self._engine is not None:
-                self._engine.fence()
+                self._fence(self._engine)
             raise
 
 

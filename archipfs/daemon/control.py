@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 SOCKET_NAME = "control.sock"
 REQUEST_BYTES_MAX = 1 << 20
+THREADS_MAX = 32
 
 
 async def listen(run_dir: Path) -> trio.SocketListener:
@@ -39,31 +40,38 @@ async def listen(run_dir: Path) -> trio.SocketListener:
 async def serve(node: Node, listener: trio.SocketListener) -> None:
     """Answer clients until cancelled."""
 
+    # Of their own: they must not be short because of whoever else uses threads, nor make others short.
+    threads = trio.CapacityLimiter(THREADS_MAX)
+
     async def serve_client(stream: trio.SocketStream) -> None:
-        await _serve_client(node, stream)
+        await _serve_client(node, stream, threads)
 
     await trio.serve_listeners(serve_client, [listener])
 
 
-async def _serve_client(node: Node, stream: trio.SocketStream) -> None:
+async def _serve_client(node: Node, stream: trio.SocketStream, threads: trio.CapacityLimiter) -> None:
     pending = b""
     try:
         async for piece in stream:
             pending += piece
             while b"\n" in pending:
                 line, _, pending = pending.partition(b"\n")
-                await stream.send_all(await _answer(node, line))
+                await stream.send_all(await _answer(node, line, threads))
             if len(pending) > REQUEST_BYTES_MAX:
                 return
     except (trio.BrokenResourceError, ConnectionError):
         log.info("a client of the control socket went away")
 
 
-async def _answer(node: Node, line: bytes) -> bytes:
+async def _answer(node: Node, line: bytes, threads: trio.CapacityLimiter) -> bytes:
     try:
-        answer: dict[str, Any] = {"answer": await trio.to_thread.run_sync(_carry_out, node, line)}
+        answer: dict[str, Any] = {"answer": await trio.to_thread.run_sync(_carry_out, node, line, limiter=threads)}
     except ArchipError as error:
         answer = {"error": {"type": type(error).__name__, "message": str(error)}}
+    except Exception as error:
+        # A bug, or a request of nonsense: whoever sent it is told, and the mount lives on.
+        log.exception("bug", request=line[:80].decode(errors="replace"))
+        answer = {"error": {"type": "ArchipError", "message": f"{type(error).__name__}: {error}; see the daemon's log"}}
     return json.dumps(answer).encode() + b"\n"
 
 

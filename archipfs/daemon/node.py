@@ -58,28 +58,44 @@ def exclusive(
     Raises ``Busy``, naming the process that is the node: at once if that is a daemon, unless we are to wait for it.
     """
     make_directory(config.run_dir)
-    path = config.run_dir / "node.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    make_directory(config.state_dir)
+    # What a boot does not outlive lies in the one, the identity in the other: both are ours, or neither is.
+    paths = [config.run_dir / "node.lock", config.state_dir / "node.lock"]
+    with _lock_file(paths[0]) as ours, _lock_file(paths[1]) as identity:
         deadline = time.monotonic() + wait_seconds
         while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = next((path for path, file in zip(paths, (ours, identity), strict=True) if not _try_lock(file)), None)
+            if taken is None:
                 break
-            except BlockingIOError:
-                other = _read_holder(path)
-                if (other.get("mountpoint") and not wait_for_daemon) or time.monotonic() > deadline:
-                    at = f", mounted at {other['mountpoint']}" if other.get("mountpoint") else ""
-                    raise Busy(
-                        f"{config.run_dir} is used by process {other.get('pid', 'unknown')}{at}; "
-                        "unmount it or wait until it is done"
-                    ) from None
-                time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            other = _read_holder(taken)
+            if (other.get("mountpoint") and not wait_for_daemon) or time.monotonic() > deadline:
+                at = f", mounted at {other['mountpoint']}" if other.get("mountpoint") else ""
+                raise Busy(
+                    f"{taken.parent} is used by process {other.get('pid', 'unknown')}{at}; "
+                    "unmount it or wait until it is done"
+                )
+            time.sleep(0.05)
+        for file in (ours, identity):
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(holder).encode(), 0)
         yield
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read_holder(path: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from archipfs.daemon.node import Node, create_default_backend, exclusive, open_n
 from archipfs.daemon.sd_notify import notify
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Mount
-from archipfs.errors import ArchipError
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -67,7 +66,8 @@ async def _serve(node: Node, mount: Mount, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(control.serve, node, listener)
             nursery.start_soon(_stop_on_signal, mount)
-            nursery.start_soon(_keep_house, node)
+            nursery.start_soon(_reclaim_space, node)
+            nursery.start_soon(_watch_locks, node, mount)
             log.info("mounted", mountpoint=str(mountpoint), pid=os.getpid(), backends=list(node.config.backends))
             ready()
             notify(f"READY=1\nSTATUS=mounted at {mountpoint}")
@@ -82,15 +82,27 @@ async def _stop_on_signal(mount: Mount) -> None:
             await mount.stop()
 
 
-async def _keep_house(node: Node) -> None:
-    """What has to be looked after from time to time: space to reclaim, locks that others may have broken."""
+async def _reclaim_space(node: Node) -> None:
+    """Every now and then delete what removed volumes have left."""
+    threads = trio.CapacityLimiter(1)
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
-        for chore in (node.composer.reclaim, node.composer.verify_leases):
-            try:
-                await trio.to_thread.run_sync(chore)
-            except ArchipError as error:
-                log.error("chore failed, it is tried again", chore=chore.__name__, error=str(error))
+        try:
+            await trio.to_thread.run_sync(node.composer.reclaim, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="reclaim")
+
+
+async def _watch_locks(node: Node, mount: Mount) -> None:
+    """Every now and then see whether others have broken our locks, and have the kernel forget what it caches then."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(HOUSEKEEPING_SECONDS)
+        try:
+            for volume in await trio.to_thread.run_sync(node.composer.verify_leases, limiter=threads):
+                await mount.operations.invalidate(inode_of(volume))
+        except Exception:
+            log.exception("bug", chore="watch locks")
 
 
 def _allow_many_files() -> None:

@@ -39,10 +39,17 @@ class Locks:
         record = self.get(volume)
         return record if record is not None and record.node is not None else None
 
+    def holds(self, volume: VolumeId, hold: Hold) -> bool:
+        """Whether this node has the lock for that reason; a crash may have left it so."""
+        record = self.get(volume)
+        return record is not None and record.node == self._node.id and hold in record.holds
+
     def take(self, volume: VolumeId, hold: Hold, *, called: str) -> LockRecord:
         """Hold the lock for the reason ``hold`` too; nothing changes if we do already.
 
-        Raises ``LockHeld`` if another node has it. ``called`` is the volume's name, for the message.
+        Raises ``LockHeld`` if another node has it. ``called`` is the volume's name, for the message. The generation
+        rises whenever the lock was free: others may have had it since, and what we remember of the volume from an
+        earlier time, as a live bitmap does, is worth nothing.
         """
         while True:
             found = self._catalog.lock(volume)
@@ -50,10 +57,11 @@ class Locks:
             self._refuse_foreign(current, called)
             if current.node is not None and hold in current.holds:
                 return current
-            since_ns = current.since_ns if current.node is not None else time.time_ns()
-            taken = LockRecord(
-                volume, current.generation, self._node.id, self._node.host, since_ns, (*current.holds, hold)
-            )
+            was_free = current.node is None
+            since_ns = time.time_ns() if was_free else current.since_ns
+            generation = current.generation + was_free
+            holds = (*current.holds, hold)
+            taken = LockRecord(volume, generation, self._node.id, self._node.host, since_ns, holds)
             if self._replace(found, taken):
                 return taken
 

@@ -29,9 +29,8 @@ class Reclaimed:
 def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], bool]) -> Reclaimed:
     """Delete every layer that no volume and no layer ``in_use`` leads to; children first, so that a crash in between
     leaves no layer without its parent."""
-    volumes = [found.record for _, found in catalog.list(VolumeRecord)]
+    volumes, layers = _collect(catalog)
     roots = {record.layer for record in volumes}
-    layers = {found.record.id: found.record for _, found in catalog.list(LayerRecord)}
     roots |= {layer for layer, record in layers.items() if in_use(record)}
     used = reachable(roots, layers)
     garbage = {layer: record for layer, record in layers.items() if layer not in used}
@@ -39,6 +38,22 @@ def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], 
         _refuse_gaps(catalog, volumes, layers)
     stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
     return Reclaimed(len(garbage), stored_bytes)
+
+
+def _collect(catalog: Catalog) -> tuple[list[VolumeRecord], dict[LayerId, LayerRecord]]:
+    """All volumes as they were at one moment, and the layers read after it.
+
+    A list is not read at one moment: a rollback can hand a layer from the volume, read late, to the snapshot that it
+    keeps, made after the list was begun. A volume never gets a layer back that it had, so two lists that agree are what
+    there was between them.
+    """
+    volumes = [found.record for _, found in catalog.list(VolumeRecord)]
+    while True:
+        layers = {found.record.id: found.record for _, found in catalog.list(LayerRecord)}
+        again = [found.record for _, found in catalog.list(VolumeRecord)]
+        if {(each.id, each.layer) for each in again} == {(each.id, each.layer) for each in volumes}:
+            return volumes, layers
+        volumes = again
 
 
 def _refuse_gaps(catalog: Catalog, volumes: list[VolumeRecord], layers: Mapping[LayerId, LayerRecord]) -> None:

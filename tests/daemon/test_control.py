@@ -90,3 +90,16 @@ def test_the_socket_is_the_owners_alone(tmp_path: Path) -> None:
         assert (tmp_path / "run" / control.SOCKET_NAME).stat().st_mode & 0o777 == 0o600
 
     serve_while(tmp_path, talk)
+
+
+def test_arguments_of_the_wrong_kind_are_answered_and_end_nothing(tmp_path: Path) -> None:
+    async def talk() -> None:
+        stream = await trio.open_unix_socket(str(tmp_path / "run" / control.SOCKET_NAME))
+        async with stream:
+            request = {"command": "volume-create", "arguments": {"name": "vm1", "size": "1M"}}
+            await stream.send_all(json.dumps(request).encode() + b"\n")
+            assert "TypeError" in json.loads(await stream.receive_some())["error"]["message"]
+            await stream.send_all(b'{"command":"volume-list","arguments":{}}\n')
+            assert json.loads(await stream.receive_some()) == {"answer": []}
+
+    serve_while(tmp_path, talk)

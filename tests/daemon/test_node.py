@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,10 @@ def test_commands_of_another_version_are_refused_in_one_line(config: Config) -> 
             call(node, "volume-fold", {})
         with pytest.raises(DaemonError, match="does not understand volume-info"):
             call(node, "volume-info", {"name": "a", "colour": "blue"})
+
+
+def test_one_identity_is_not_used_by_two_processes_although_their_run_directories_differ(config: Config) -> None:
+    other = replace(config, run_dir=config.run_dir.with_name("another-run"))
+    first = exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"})
+    with first, pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
+        exclusive(other, holder={"pid": 1}).__enter__()

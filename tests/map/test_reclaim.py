@@ -1,19 +1,23 @@
 """What is swept, and what never is, whoever else is at work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archipfs.blockers.contract import Record
+from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map import mapper as mapper_module
 from archipfs.map.catalog import children_first
 from archipfs.map.check import Severity
-from archipfs.map.mapper import Attributes, Mapper, bitmap_key, data_key
+from archipfs.map.locks import Node
+from archipfs.map.mapper import Attributes, Mapper, bitmap_key, create_store, data_key
 from archipfs.map.reclaim import Reclaimed, reachable
 from archipfs.map.records import LayerRecord
 from archipfs.types import LayerId
@@ -338,3 +342,40 @@ def test_a_clone_of_a_source_that_is_gone_is_refused(world: World) -> None:
     with pytest.raises(NotFound, match="snap has just been removed"):
         composer.mapper().clone(source, "copy", 4096, Attributes())
     assert composer.mapper().find("copy") is None
+
+
+class SlowListing(MemoryBlocker):
+    """Lists the keys, lets something happen, and reads the records after it: as a directory is read."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+        keys = [key for key, _ in super().list_records(kind)]
+        if kind == "volume" and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        for key in keys:
+            record = self.get_record(key)
+            if record is not None:
+                yield key, record
+
+
+def test_a_layer_handed_from_a_volume_to_a_new_snapshot_while_volumes_are_listed_is_kept() -> None:
+    """As a rollback does: the listing has neither the snapshot nor, when it comes to the volume, its old layer."""
+    store = SlowListing()
+    create_store(store)
+    mapper = Mapper("default", store, Node("node", "host"), lambda bitmap, layer: None)
+    volume = mapper.create("vm", 4096, Attributes()).record
+    with mapper.new_layer(volume.layer, 4096) as head:
+        mapper.change(volume.id, lambda record: msgspec.structs.replace(record, layer=head.id))
+    mapper.reclaim()
+
+    def roll_back() -> None:
+        with mapper.reserve("kept") as reservation:
+            mapper.publish_snapshot(reservation, volume, volume.layer, 4096)
+        with mapper.new_layer(None, 0) as fresh:
+            mapper.change(volume.id, lambda record: msgspec.structs.replace(record, layer=fresh.id))
+
+    store.meanwhile = roll_back
+    mapper.reclaim()
+    assert volume.layer in layers_of(mapper)

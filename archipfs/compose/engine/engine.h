@@ -137,6 +137,8 @@ int ae_volume_resize(struct ae_volume *volume, uint64_t size);
 void ae_volume_fence(struct ae_volume *volume);
 
 uint64_t ae_volume_size(const struct ae_volume *volume);
+/* How many bytes of the head's parent shine through now. Control. */
+uint64_t ae_volume_parent_visible(const struct ae_volume *volume);
 /* When a write, discard or growth last changed it: nanoseconds since 1970, 0 if none did since it was opened. */
 uint64_t ae_volume_changed_ns(const struct ae_volume *volume);
 /* As if nothing had changed it yet: somebody set the time of change. */

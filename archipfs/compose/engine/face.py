@@ -356,6 +356,12 @@ class EngineVolume:
         with self._handle as volume:
             return int(ffi.cast("uintptr_t", volume))
 
+    @property
+    def parent_visible(self) -> int:
+        """How many bytes of the head's parent shine through now."""
+        with self._handle as volume:
+            return int(lib.ae_volume_parent_visible(volume))
+
     def statistics(self) -> Statistics:
         """What it did since it was opened."""
         with self._handle as volume:

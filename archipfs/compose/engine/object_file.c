@@ -29,6 +29,9 @@ static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, in
             continue;
         if (got < 0)
             return -errno;
+        /* Some kernels (5.9, 5.10) say so of a read that would have to wait, not only at the end. */
+        if (got == 0 && flags & RWF_NOWAIT)
+            return -EAGAIN;
         if (got == 0) {
             memset(to, 0, length);
             return 0;

@@ -350,6 +350,10 @@ int ae_flush(struct ae_volume *volume) {
 
 uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
 
+uint64_t ae_volume_parent_visible(const struct ae_volume *volume) {
+    return ae_layer_parent_visible(volume->current->layers[0]);
+}
+
 uint64_t ae_volume_changed_ns(const struct ae_volume *volume) { return atomic_load(&volume->changed_ns); }
 
 void ae_volume_forget_change(struct ae_volume *volume) { atomic_store(&volume->changed_ns, 0); }

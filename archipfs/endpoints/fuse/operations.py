@@ -94,6 +94,8 @@ class VolumeOperations(pyfuse3.Operations):
         self._listings: dict[int, list[Found]] = {}
         self._listings_made = 0
         self._threads = trio.CapacityLimiter(THREADS_MAX)
+        # Of its own: others wait for it while they hold a thread of theirs.
+        self._invalidating = trio.CapacityLimiter(1)
         self._root_changed_ns = time.time_ns()
 
     # Names
@@ -338,7 +340,7 @@ class VolumeOperations(pyfuse3.Operations):
     async def invalidate(self, inode: int) -> None:
         """Have the kernel forget what it caches of the volume: its content changed other than by writing."""
         with suppress(FileNotFoundError):  # it caches nothing
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode)
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, limiter=self._invalidating)
 
     # Helpers
 
@@ -367,9 +369,10 @@ class VolumeOperations(pyfuse3.Operations):
     async def _open_handle(self, found: Found) -> pyfuse3.FileInfo:
         volume = await self._run(self._composer.open, found)
         handle = inode_of(found.record.id)
-        self._open.setdefault(handle, []).append(volume)
-        # What another node writes must not be answered from our page cache.
-        return pyfuse3.FileInfo(fh=handle, direct_io=not volume.owned)
+        others = self._open.setdefault(handle, [])
+        others.append(volume)
+        # What another node writes, or wrote while we had it closed, must not be answered from our page cache.
+        return pyfuse3.FileInfo(fh=handle, direct_io=not volume.owned, keep_cache=volume.owned and len(others) > 1)
 
     async def _entry(self, found: Found) -> pyfuse3.EntryAttributes:
         attributes = await self._run(self._attributes, found)
