@@ -64,7 +64,9 @@ def exclusive(
     with _lock_file(paths[0]) as ours, _lock_file(paths[1]) as identity:
         deadline = time.monotonic() + wait_seconds
         while True:
-            taken = next((path for path, file in zip(paths, (ours, identity), strict=True) if not _try_lock(file)), None)
+            taken = next(
+                (path for path, file in zip(paths, (ours, identity), strict=True) if not _try_lock(file)), None
+            )
             if taken is None:
                 break
             other = _read_holder(taken)
