@@ -33,6 +33,8 @@ struct ae_volume {
     atomic_int inside;
     atomic_ullong size;
     atomic_ullong discards;
+    atomic_int sync_result;
+    atomic_int syncs;
 };
 
 static void volume_init(struct ae_volume *volume) {
@@ -95,6 +97,12 @@ static int64_t fake_seek(struct ae_volume *volume, uint64_t offset) {
     return offset < atomic_load(&volume->size) ? (int64_t)offset + 1 : -ENXIO;
 }
 
+static int fake_sync(struct ae_volume *volume) {
+    enter(volume);
+    atomic_fetch_add(&volume->syncs, 1);
+    return atomic_load(&volume->sync_result);
+}
+
 static const struct ae_calls engine = {
     .read = fake_read,
     .read_nowait = fake_read_nowait,
@@ -104,6 +112,7 @@ static const struct ae_calls engine = {
     .grow = fake_grow,
     .seek_data = fake_seek,
     .seek_hole = fake_seek,
+    .sync = fake_sync,
 };
 
 /* A front between two sockets */
@@ -169,6 +178,12 @@ static struct message take(int descriptor) {
     return message;
 }
 
+static uint32_t opcode_of(struct message message) {
+    struct fuse_in_header header;
+    memcpy(&header, message.bytes, sizeof header);
+    return header.opcode;
+}
+
 /* The answer to `unique`, and what it carries. */
 static int take_answer(struct bench *bench, uint64_t unique, void *body, size_t length) {
     struct message message = take(bench->kernel);
@@ -195,6 +210,12 @@ static void ask_write(struct bench *bench, uint64_t unique, const char *text) {
     struct fuse_write_in in = {.size = (uint32_t)strlen(text)};
     struct message message = message_make(FUSE_WRITE, unique, NODE, &in, sizeof in);
     message_add(&message, text, strlen(text));
+    give(bench->kernel, &message);
+}
+
+static void ask_sync(struct bench *bench, uint64_t unique, uint64_t node) {
+    struct fuse_fsync_in in = {.fsync_flags = unique % 2 ? FUSE_FSYNC_FDATASYNC : 0};
+    struct message message = message_make(FUSE_FSYNC, unique, node, &in, sizeof in);
     give(bench->kernel, &message);
 }
 
@@ -363,6 +384,41 @@ static void test_slow_requests_do_not_hold_up_fast_ones(void) {
     bench_stop(&bench);
 }
 
+static void test_syncs_are_done_by_the_engine_unless_the_composer_has_to(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    for (uint64_t unique = 1; unique <= 2; unique++) {
+        ask_sync(&bench, unique, NODE);
+        CHECK_EQUAL(take_answer(&bench, unique, NULL, 0), 0);
+    }
+    atomic_store(&bench.volume.sync_result, -EIO);
+    ask_sync(&bench, 3, NODE);
+    CHECK_EQUAL(take_answer(&bench, 3, NULL, 0), -EIO);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 3);
+    CHECK(!readable(bench.libfuse, 0));
+
+    atomic_store(&bench.volume.sync_result, -EAGAIN);
+    ask_sync(&bench, 4, NODE);
+    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_FSYNC);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 4);
+    ask_sync(&bench, 5, NODE + 1); /* of no volume that is known */
+    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_FSYNC);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 4);
+    CHECK(!readable(bench.kernel, 0));
+
+    atomic_store(&bench.volume.sync_result, 0);
+    set_closed(&bench.volume, true);
+    for (uint64_t unique = 6; unique <= 10; unique++)
+        ask_sync(&bench, unique, NODE);
+    await_inside(&bench, 5);
+    ask_read(&bench, 100, 0);
+    expect_read(&bench, 100, 'a');
+    set_closed(&bench.volume, false);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header));
+    bench_stop(&bench);
+}
+
 static void *unregister(void *argument) {
     struct bench *bench = argument;
     af_front_unregister(bench->front, NODE);
@@ -516,6 +572,7 @@ int main(void) {
         {"handed to libfuse and back", test_forwarded},
         {"INIT and O_DIRECT opens are adjusted", test_adjusted},
         {"slow requests do not hold up fast ones", test_slow_requests_do_not_hold_up_fast_ones},
+        {"syncs", test_syncs_are_done_by_the_engine_unless_the_composer_has_to},
         {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},
         {"the end of the connection is told", test_the_end_of_the_connection_is_told},
         {"stopping answers what is under way", test_stopping_answers_what_is_under_way},

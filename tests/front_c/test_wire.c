@@ -140,6 +140,13 @@ static void test_lseek(void) {
     CHECK(parse_body(FUSE_LSEEK, &in, sizeof in, &request) == -ENXIO);
 }
 
+static void test_fsync(void) {
+    struct fuse_fsync_in in = {.fh = 3};
+    check_whole(FUSE_FSYNC, &in, sizeof in, AF_SYNC);
+    in.fsync_flags = FUSE_FSYNC_FDATASYNC;
+    check_whole(FUSE_FSYNC, &in, sizeof in, AF_SYNC);
+}
+
 static void test_open(void) {
     struct fuse_open_in open_in = {.flags = O_RDWR | O_DIRECT};
     struct fuse_create_in create_in = {.flags = O_RDWR};
@@ -227,6 +234,7 @@ int main(void) {
         {"WRITE", test_write},
         {"FALLOCATE", test_fallocate},
         {"LSEEK", test_lseek},
+        {"FSYNC", test_fsync},
         {"OPEN and CREATE", test_open},
         {"other requests", test_others},
         {"INIT on its way to libfuse", test_init_request},

@@ -52,6 +52,7 @@ bool af_is_served(enum af_kind kind) {
     case AF_ZERO:
     case AF_SEEK_DATA:
     case AF_SEEK_HOLE:
+    case AF_SYNC:
         return true;
     default:
         return false;
@@ -120,6 +121,9 @@ void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const
                                              : engine->seek_hole(volume, request->offset);
         if (done >= 0)
             set_body(result, &(struct fuse_lseek_out){.offset = (uint64_t)done});
+        break;
+    case AF_SYNC:
+        done = engine->sync(volume);
         break;
     default:
         done = -ENOSYS;

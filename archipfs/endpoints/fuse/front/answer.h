@@ -26,7 +26,10 @@ struct af_result {
 /* A read that memory can answer, into `buffer`; false if it would wait. */
 bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
                      void *buffer, struct af_result *result);
-/* Any request that is served here; may wait for a disk. A read goes into `buffer`, which has room for it. */
+/*
+ * Any request that is served here; may wait for a disk. A read goes into `buffer`, which has room for it. A sync with
+ * -EAGAIN was not done: libfuse has to get it.
+ */
 void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
               void *buffer, struct af_result *result);
 

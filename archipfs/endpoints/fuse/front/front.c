@@ -92,19 +92,22 @@ static void forward(struct af_front *front, const struct af_request *request, ch
         af_answer(front->options.device, request->unique, error, NULL, 0);
 }
 
+/* Whether it was answered here. */
 static bool serve(struct af_server *server, const struct af_request *request, char *buffer) {
     struct af_front *front = server->context;
     struct af_entry *entry = af_is_served(request->kind) ? af_table_enter(&front->table, request->node) : NULL;
     if (entry == NULL)
         return false;
     struct af_result result;
-    if (request->kind != AF_READ) {
-        af_serve(front->options.engine, entry, request, buffer, &result);
-    } else if (!af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
-        af_call_waits(server);
+    bool reads = request->kind == AF_READ;
+    if (!reads || !af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
+        if (reads || request->kind == AF_SYNC)
+            af_call_waits(server);
         af_serve(front->options.engine, entry, request, buffer, &result);
     }
     af_table_leave(&front->table, entry);
+    if (request->kind == AF_SYNC && result.error == -EAGAIN)
+        return false;
     af_answer(front->options.device, request->unique, result.error, result.data, result.length);
     return true;
 }

@@ -1,7 +1,7 @@
 /*
- * The front: threads on /dev/fuse that answer READ, WRITE, FALLOCATE and LSEEK of open volumes out of their engines,
- * and hand all other requests to libfuse (and so to pyfuse3) over a SOCK_SEQPACKET pair, one message a request or
- * answer.
+ * The front: threads on /dev/fuse that answer READ, WRITE, FALLOCATE, LSEEK and FSYNC of open volumes out of their
+ * engines, and hand all other requests to libfuse (and so to pyfuse3) over a SOCK_SEQPACKET pair, one message a request
+ * or answer.
  *
  * Plain C11: no Python, no globals. Results are 0 or a negative errno.
  */

@@ -78,6 +78,14 @@ static int parse_lseek(const char *at, size_t left, struct af_request *request) 
     return in.offset > INT64_MAX ? -ENXIO : 0;
 }
 
+static int parse_fsync(const char *at, size_t left, struct af_request *request) {
+    struct fuse_fsync_in in;
+    if (!take(&at, &left, &in, sizeof in))
+        return -EINVAL;
+    request->kind = AF_SYNC;
+    return 0;
+}
+
 static int parse_open(const char *at, size_t left, struct af_request *request) {
     struct fuse_open_in in;
     if (!take(&at, &left, &in, sizeof in))
@@ -117,6 +125,8 @@ int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct 
         return parse_fallocate(at, left, request);
     case FUSE_LSEEK:
         return parse_lseek(at, left, request);
+    case FUSE_FSYNC:
+        return parse_fsync(at, left, request);
     case FUSE_OPEN:
         return parse_open(at, left, request);
     case FUSE_CREATE:

@@ -17,6 +17,7 @@ enum af_kind {
     AF_ZERO,     /* back to zeros; grows unless `keeps_size` */
     AF_SEEK_DATA,
     AF_SEEK_HOLE,
+    AF_SYNC, /* fsync and fdatasync alike */
     AF_INIT,
     AF_OPEN,
     AF_CREATE,
