@@ -4,6 +4,7 @@
  */
 #include "front.h"
 
+#include "buffer.h"
 #include "check.h"
 #include "engine.h"
 #include "message.h"
@@ -13,7 +14,9 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 _Thread_local uint64_t check_seed;
@@ -553,6 +556,24 @@ static void test_registering_under_load(void) {
     bench_stop(&bench);
 }
 
+static void test_buffers_are_there_from_the_beginning_and_not_shared_with_a_fork(void) {
+    enum { PAGES = 65 };
+    size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    char *buffer = af_buffer_make(PAGES * page_bytes);
+    CHECK(buffer != NULL);
+    unsigned char resident[PAGES];
+    CHECK(mincore(buffer, sizeof resident * page_bytes, resident) == 0);
+    for (int i = 0; i < PAGES; i++)
+        CHECK(resident[i] & 1);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(mincore(buffer, page_bytes, resident) < 0 && errno == ENOMEM ? 0 : 1);
+    int status;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_EQUAL(status, 0);
+    af_buffer_free(buffer, sizeof resident * page_bytes);
+}
+
 static void test_options(void) {
     struct af_options options = {.device = -1, .socket = -1, .seats = 1, .request_bytes = 1000, .engine = &engine};
     struct af_front *front;
@@ -578,6 +599,7 @@ int main(void) {
         {"stopping answers what is under way", test_stopping_answers_what_is_under_way},
         {"stopping with a full socket", test_stopping_with_nobody_at_the_other_end_of_a_full_socket},
         {"registering under load", test_registering_under_load},
+        {"buffers", test_buffers_are_there_from_the_beginning_and_not_shared_with_a_fork},
         {"options", test_options},
     };
     return run_tests(tests, sizeof tests / sizeof tests[0]);

@@ -19,6 +19,7 @@
 #include "front.h"
 
 #include "answer.h"
+#include "buffer.h"
 #include "pending.h"
 #include "seats.h"
 
@@ -214,8 +215,8 @@ static void free_front(struct af_front *front) {
     for (int i = 0; i < 2; i++)
         if (front->notes[i] >= 0)
             close(front->notes[i]);
-    free(front->relay_buffer);
-    free(front->notifier_buffer);
+    af_buffer_free(front->relay_buffer, relay_room(front));
+    af_buffer_free(front->notifier_buffer, relay_room(front));
     free(front);
 }
 
@@ -229,8 +230,8 @@ static struct af_front *make_front(const struct af_options *options) {
         .ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
         .notes = {-1, -1},
     };
-    front->relay_buffer = malloc(relay_room(front));
-    front->notifier_buffer = malloc(relay_room(front));
+    front->relay_buffer = af_buffer_make(relay_room(front));
+    front->notifier_buffer = af_buffer_make(relay_room(front));
     bool paired = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, front->notes) == 0;
     if (front->ended_fd < 0 || !paired || front->relay_buffer == NULL || front->notifier_buffer == NULL) {
         free_front(front);

@@ -7,11 +7,11 @@
  */
 #include "seats.h"
 
+#include "buffer.h"
+
 #include <errno.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <time.h>
-#include <unistd.h>
 
 #define WATCH_PERIOD_NS 10000000
 /* The watch goes to sleep when it saw nothing happen so many times. */
@@ -42,7 +42,7 @@ static int add_server(struct af_seats *seats) {
         return -EAGAIN;
     struct af_server *server = &seats->servers[seats->threads];
     if (server->buffer == NULL)
-        server->buffer = aligned_alloc((size_t)sysconf(_SC_PAGESIZE), seats->buffer_bytes);
+        server->buffer = af_buffer_make(seats->buffer_bytes);
     if (server->buffer == NULL)
         return -ENOMEM;
     int result = af_start_thread(&server->thread, server_main, server);
@@ -222,7 +222,7 @@ void af_seats_stop(struct af_seats *seats) {
 
 void af_seats_destroy(struct af_seats *seats) {
     for (uint32_t i = 0; i < AF_THREADS_MAX; i++)
-        free(seats->servers[i].buffer);
+        af_buffer_free(seats->servers[i].buffer, seats->buffer_bytes);
     pthread_cond_destroy(&seats->work);
     pthread_cond_destroy(&seats->free_seat);
     pthread_mutex_destroy(&seats->mutex);
