@@ -80,6 +80,9 @@ class Mount:
     def _begin_with_front(self, undo: ExitStack) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
+        upcalls, upcalled = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        undo.callback(upcalled.close)
+        undo.callback(upcalls.close)
         with theirs:
             room = min(_enlarge(ours), _enlarge(theirs)) - MESSAGE_ROOM_BYTES
             # libfuse takes it for an open /dev/fuse, and closes it in the end.
@@ -90,8 +93,9 @@ class Mount:
         undo.callback(os.close, device)
         self._device_number = _device_at(self.mountpoint)
         undo.callback(self._end_connection)
-        self.front = Front(device, ours.fileno(), request_bytes=request_bytes, seats=self._threads)
+        self.front = Front(device, ours.fileno(), upcalls.fileno(), request_bytes=request_bytes, seats=self._threads)
         self._composer.add_engine_user(self.front)
+        self.front.serve()
 
     def _end_connection(self) -> None:
         try:

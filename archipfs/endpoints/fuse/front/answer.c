@@ -43,6 +43,12 @@ void af_answer_whole(int device, const void *message, size_t length) {
         af_answer(device, header.unique, -EIO, NULL, 0);
 }
 
+int af_ask_resend(int device) {
+    struct fuse_out_header header = {.len = sizeof header, .error = AF_NOTIFY_RESEND};
+    struct iovec part = {&header, sizeof header};
+    return send_answer(device, &part, 1) ? 0 : -errno;
+}
+
 bool af_is_served(enum af_kind kind) {
     switch (kind) {
     case AF_READ:

@@ -11,6 +11,8 @@ struct ae_calls;
 void af_answer(int device, uint64_t unique, int error, const void *data, size_t length);
 /* Hand an answer or a notification on as it is. */
 void af_answer_whole(int device, const void *message, size_t length);
+/* Have the kernel send again what was read and never answered. -EINVAL: it cannot. */
+int af_ask_resend(int device);
 
 /* Whether the front serves this kind of request by itself. */
 bool af_is_served(enum af_kind kind);

@@ -177,28 +177,28 @@ static int init_locks(struct af_seats *seats) {
     return -result;
 }
 
-int af_seats_start(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
-                   void *context) {
+int af_seats_init(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
+                  void *context) {
     if (count == 0 || count > AF_THREADS_MAX)
         return -EINVAL;
     *seats = (struct af_seats){.seats = count, .buffer_bytes = buffer_bytes, .run = run};
     for (uint32_t i = 0; i < AF_THREADS_MAX; i++)
         seats->servers[i] = (struct af_server){.seats = seats, .context = context};
-    int result = init_locks(seats);
-    if (result < 0)
-        return result;
+    return init_locks(seats);
+}
+
+int af_seats_start(struct af_seats *seats) {
+    int result = 0;
     pthread_mutex_lock(&seats->mutex);
-    while (result == 0 && seats->seated < count)
+    while (result == 0 && seats->seated < seats->seats)
         result = add_server(seats);
     pthread_mutex_unlock(&seats->mutex);
     if (result == 0) {
         result = af_start_thread(&seats->watch, watch_main, seats);
         seats->watch_runs = result == 0;
     }
-    if (result < 0) {
+    if (result < 0)
         af_seats_stop(seats);
-        af_seats_destroy(seats);
-    }
     return result;
 }
 

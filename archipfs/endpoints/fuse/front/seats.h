@@ -53,9 +53,14 @@ struct af_seats {
 };
 
 /* `run` is what each thread does, until af_seats_stopping. */
-int af_seats_start(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
-                   void *context);
-/* Ends and joins all threads; one that is in a call is waited for, one that waits for a request is not. */
+int af_seats_init(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
+                  void *context);
+/* Once. When it fails, no thread is left. */
+int af_seats_start(struct af_seats *seats);
+/*
+ * Ends and joins all threads, if there are any; one that is in a call is waited for, one that waits for a request is
+ * not.
+ */
 void af_seats_stop(struct af_seats *seats);
 void af_seats_destroy(struct af_seats *seats);
 
