@@ -166,6 +166,8 @@ struct ae_calls {
     int (*grow)(struct ae_volume *volume, uint64_t size);
     int64_t (*seek_data)(struct ae_volume *volume, uint64_t offset);
     int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
+    /* 0: all that returned before is durable. -EAGAIN: the composer has to see to it. */
+    int (*sync)(struct ae_volume *volume);
 };
 
 const struct ae_calls *ae_calls(void);
