@@ -54,7 +54,11 @@ def test_an_info_comes_back(info: Info) -> None:
     assert decode_info(encode_info(info)) == info
 
 
-INFO_LIKE = st.builds(lambda kind, rest: bytes(4) + bytes([kind, 0, 0, 0]) + rest, st.integers(0, 4), st.binary(min_size=376, max_size=376))
+INFO_LIKE = st.builds(
+    lambda kind, rest: bytes(4) + bytes([kind, 0, 0, 0]) + rest,
+    st.integers(0, 4),
+    st.binary(min_size=376, max_size=376),
+)
 
 
 @given(st.binary(max_size=300) | st.binary(min_size=288, max_size=288) | INFO_LIKE)
