@@ -54,6 +54,7 @@ BLOCK_BYTES = 512
 """The unit of st_blocks, whatever st_blksize says."""
 THREADS_MAX = 64
 LOCK_RETRY_SECONDS_MAX = 1.0
+IDLE_CHECK_SECONDS = 0.002
 READDIR_ENTRIES = 32
 """At most so many in one answer; the kernel's page holds about as many."""
 QUIET = frozenset({errno.ENOENT, errno.ENODATA, errno.ENOTTY})
@@ -72,12 +73,15 @@ def replies(handler: Handler[P, T]) -> Handler[P, T]:
 
     @functools.wraps(handler)
     async def guarded(self: "VolumeOperations", *args: P.args, **kwargs: P.kwargs) -> T:
+        self.under_way += 1
         try:
             return await handler(self, *args, **kwargs)
         except (pyfuse3.FUSEError, trio.Cancelled):
             raise
         except Exception as error:
             raise pyfuse3.FUSEError(refusal(handler.__name__, error)) from error
+        finally:
+            self.under_way -= 1
 
     return cast("Handler[P, T]", guarded)
 
@@ -111,6 +115,8 @@ class VolumeOperations(pyfuse3.Operations):
         super().__init__()
         self.numbering: Numbering | None = None
         """Set before the first request, where there is one."""
+        self.under_way = 0
+        """Requests that have no answer yet."""
         self._composer = composer
         self._owner = (uid, gid)
         self._inodes = Inodes()
@@ -370,15 +376,23 @@ class VolumeOperations(pyfuse3.Operations):
         volume = self._open.pop(handle, None)
         if self.numbering is not None:
             self.numbering.session.remove(handle)
-        if volume is not None:  # else it was closed when the request came first
-            self._opened_times[volume.id] -= 1
-            await self._run(self._composer.release, volume)
+        if volume is None:
+            return  # it was closed when the request came first
+        self._opened_times[volume.id] -= 1
+        if not self._opened_times[volume.id]:
+            del self._opened_times[volume.id]
+        await self._run(self._composer.release, volume)
 
     # For the daemon
 
     def names_changed(self) -> None:
         """A name came or went: the root directory's time follows."""
         self._root_changed_ns = time.time_ns()
+
+    async def idle(self) -> None:
+        """Return when every request has its answer."""
+        while self.under_way:
+            await trio.sleep(IDLE_CHECK_SECONDS)
 
     async def take_up(self) -> None:
         """Open again what the kernel has open since the time of an earlier process.
@@ -432,10 +446,8 @@ class VolumeOperations(pyfuse3.Operations):
             await self._run(self._composer.release, volume)  # somebody was faster, or closed it meanwhile
         else:
             self._inodes.learn(volume.id)
-            self._open[handle] = volume
-            self._opened_times[volume.id] += 1
-            self._remember(handle, volume)
-        return self._open[handle]
+            self._keep_open(handle, volume)
+        return await self.opened(handle)
 
     def request_id(self, number: int) -> RequestId | None:
         """Who the request of that number is; ``None`` where no request can come again."""
@@ -449,6 +461,11 @@ class VolumeOperations(pyfuse3.Operations):
 
     def _is_sent_again(self, ctx: pyfuse3.RequestContext) -> bool:
         return self.numbering is not None and self.numbering.number_of(ctx.pid)[1]
+
+    def _keep_open(self, handle: int, volume: OpenVolume) -> None:
+        self._open[handle] = volume
+        self._opened_times[volume.id] += 1
+        self._remember(handle, volume)
 
     def _remember(self, handle: int, volume: OpenVolume) -> None:
         """Have the session know the handle, and under which lock it is open."""
@@ -468,10 +485,7 @@ class VolumeOperations(pyfuse3.Operations):
     async def _open_handle(self, found: Found, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = next(self._numbers) if self.numbering is None else self.numbering.number_of(ctx.pid)[0]
         if handle not in self._open:  # else it was opened when the request came first
-            volume = await self._run(self._composer.open, found)
-            self._open[handle] = volume
-            self._opened_times[volume.id] += 1
-            self._remember(handle, volume)
+            self._keep_open(handle, await self._run(self._composer.open, found))
         volume = self._open[handle]
         # What another node writes, or wrote while we had it closed, must not be answered from our page cache.
         keep_cache = volume.owned and self._opened_times[volume.id] > 1
