@@ -20,6 +20,9 @@ VolumeId = NewType("VolumeId", str)
 LayerId = NewType("LayerId", str)
 """32 hexadecimal digits."""
 
+RequestId = NewType("RequestId", str)
+"""Who asks for something that must happen once; the same when it is asked again because the answer was lost."""
+
 
 def new_volume_id() -> VolumeId:
     return VolumeId(uuid.uuid4().hex)

@@ -35,8 +35,8 @@ from archipfs.errors import (
 )
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
-from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
-from archipfs.types import NAME_BYTES_MAX, LayerId, VolumeId
+from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
+from archipfs.types import NAME_BYTES_MAX, LayerId, RequestId, VolumeId
 from archipfs.units import format_size
 
 log = structlog.get_logger()
@@ -76,6 +76,8 @@ class _Table:
     changed: threading.Condition = field(default_factory=threading.Condition)
     ever_open: set[VolumeId] = field(default_factory=set)
     """Those and all that were in it before, unless they were purged."""
+    awaited: set[VolumeId] = field(default_factory=set)
+    """Those that somebody has open, and that could not be opened again after a crash so far."""
 
 
 class Composer:
@@ -180,6 +182,30 @@ class Composer:
         except BaseException:
             self.release(opened)
             raise
+        return opened
+
+    def reopen(self, volume: VolumeId, generation: int) -> OpenVolume:
+        """Use a volume that an earlier process had open, for those who still have; a removed one too.
+
+        ``generation`` is that of the lock it had then, 0 if it had none. If that lock was broken meanwhile, somebody
+        else may have written: the volume is fenced, since whoever has it open believes in what was there before.
+        """
+        for mapper in self._mappers.values():
+            found = mapper.catalog.get(VolumeRecord, volume)
+            if found is not None:
+                break
+        else:
+            raise NotFound(f"no volume has the id {volume}; it was open, and is gone")
+        opened = self._join(Found(mapper, found.record))
+        self._table.awaited.add(volume)
+        try:
+            with opened.control:
+                if not opened.started:
+                    opened.start_again(generation)
+        except BaseException:
+            self.release(opened)
+            raise
+        self._table.awaited.discard(volume)
         return opened
 
     def release(self, opened: OpenVolume) -> None:
@@ -293,36 +319,60 @@ class Composer:
 
     # Making
 
-    def create(self, name: str, size: int, *, backend: str | None = None, attributes: Attributes | None = None) -> Made:
+    def create(
+        self,
+        name: str,
+        size: int,
+        *,
+        backend: str | None = None,
+        attributes: Attributes | None = None,
+        request: RequestId | None = None,
+    ) -> Made:
         """An empty volume. ``size`` 0 is what a file just created has; commands refuse it."""
-        started = time.perf_counter()
-        self._refuse_taken(name)
-        made = self.mapper(backend).create(name, size, attributes or Attributes())
-        return self._made("created", made.record, started)
 
-    def snapshot(self, name: str, snapshot: str, *, size: int | None = None) -> Made:
+        def create() -> VolumeRecord:
+            self._refuse_taken(name)
+            return self.mapper(backend).create(name, size, attributes or Attributes(), request).record
+
+        return self._make("created", name, request, create)
+
+    def snapshot(self, name: str, snapshot: str, *, size: int | None = None, request: RequestId | None = None) -> Made:
         """A snapshot of a volume, or a second name for what a snapshot holds."""
-        started = time.perf_counter()
+        return self._make("snapshot", snapshot, request, lambda: self._snapshot(name, snapshot, size, request))
+
+    def _snapshot(self, name: str, snapshot: str, size: int | None, request: RequestId | None) -> VolumeRecord:
         found = self.find(name)
         self._refuse_taken(snapshot)
         mapper = found.mapper
         with mapper.reserve(snapshot) as reservation:
             if not found.record.writable:
                 wanted = self._at_least(found.record.size, size, name)
-                made = mapper.publish_again(reservation, found.record, wanted).record
-            else:
-                with self._owning(found) as opened:
-                    self._refuse_empty(opened)
-                    wanted = self._at_least(opened.size, size, name)
-                    frozen = opened.freeze()
-                    made = mapper.publish_snapshot(
-                        reservation, opened.record, frozen.layer, max(frozen.size, wanted if size else 0)
-                    ).record
-        return self._made("snapshot", made, started)
+                return mapper.publish_again(reservation, found.record, wanted, request).record
+            with self._owning(found) as opened:
+                self._refuse_empty(opened)
+                wanted = self._at_least(opened.size, size, name)
+                frozen = opened.freeze()
+                wanted = max(frozen.size, wanted if size else 0)
+                return mapper.publish_snapshot(reservation, opened.record, frozen.layer, wanted, request).record
 
-    def clone(self, name: str, clone: str, *, size: int | None = None, attributes: Attributes | None = None) -> Made:
-        """A writable volume that begins as a copy of a snapshot, or of a volume as it is now."""
-        started = time.perf_counter()
+    def clone(
+        self,
+        name: str,
+        clone: str,
+        *,
+        size: int | None = None,
+        attributes: Attributes | None = None,
+        request: RequestId | None = None,
+    ) -> Made:
+        """A writable volume that begins as a copy of a snapshot, or of a volume as it is now.
+
+        Unless ``attributes`` say otherwise, it belongs to whom the source belongs to.
+        """
+        return self._make("cloned", clone, request, lambda: self._clone(name, clone, size, attributes, request))
+
+    def _clone(
+        self, name: str, clone: str, size: int | None, attributes: Attributes | None, request: RequestId | None
+    ) -> VolumeRecord:
         found = self.find(name)
         self._refuse_taken(clone)
         record = found.record
@@ -333,21 +383,45 @@ class Composer:
             with self._owning(found) as opened:
                 frozen = opened.freeze()
                 record = msgspec.structs.replace(opened.record, layer=frozen.layer, size=frozen.size)
-                made = found.mapper.clone(record, clone, max(wanted, frozen.size), attributes)
-        else:
-            made = found.mapper.clone(record, clone, wanted, attributes)
-        return self._made("cloned", made.record, started)
+                return found.mapper.clone(record, clone, max(wanted, frozen.size), attributes, request).record
+        return found.mapper.clone(record, clone, wanted, attributes, request).record
+
+    def _make(self, event: str, name: str, request: RequestId | None, make: Callable[[], VolumeRecord]) -> Made:
+        """Make what will be called ``name``, or return it if the same request made it when it came first."""
+        started = time.perf_counter()
+        try:
+            record = make()
+        except AlreadyExists:
+            done = self._done_before(name, request)
+            if done is None:
+                raise
+            record = done
+        seconds = time.perf_counter() - started
+        log.info(event, volume=record.name, kind=record.kind.value, size=record.size, seconds=round(seconds, 6))
+        return Made(record, seconds)
+
+    def _done_before(self, name: str, request: RequestId | None) -> VolumeRecord | None:
+        """The volume called ``name``, if it was this very request that made it or called it so."""
+        if request is None:
+            return None
+        found = self._find_or_none(name)
+        return found.record if found is not None and found.record.request == request else None
 
     # Changing
 
-    def rename(self, name: str, new_name: str, *, replace: bool = False) -> None:
+    def rename(self, name: str, new_name: str, *, replace: bool = False, request: RequestId | None = None) -> None:
         """``replace``: take the name from whichever volume has it, which is removed, as rename(2) does."""
         while True:
-            found = self.find(name)
+            try:
+                found = self.find(name)
+            except NotFound:
+                if self._done_before(new_name, request) is not None:
+                    return
+                raise
             if new_name == name:
                 return
             try:
-                self._rename(found, name, new_name, replace=replace)
+                self._rename(found, name, new_name, replace=replace, request=request)
                 return
             except AlreadyExists:
                 if not replace:
@@ -355,7 +429,7 @@ class Composer:
             except (Conflict, NotFound):
                 continue  # one of the two was renamed or removed meanwhile, or is not there at all: ``find`` says so
 
-    def _rename(self, found: Found, name: str, new_name: str, *, replace: bool) -> None:
+    def _rename(self, found: Found, name: str, new_name: str, *, replace: bool, request: RequestId | None) -> None:
         check_name(new_name)
         other = self._find_or_none(new_name)
         if other is not None and not replace:
@@ -369,7 +443,7 @@ class Composer:
             if other is not None:
                 self._refuse_held(other, "replace")
             displaced = found.mapper.rename(
-                found.record.id, new_name, replace=other.record.id if other is not None else None
+                found.record.id, new_name, replace=other.record.id if other is not None else None, request=request
             )
             self._refresh(opened[found.record.id])
             if displaced is not None:
@@ -383,12 +457,14 @@ class Composer:
             opened.resize(size)
             return opened.record
 
-    def rollback(self, name: str, snapshot: str) -> RolledBack:
+    def rollback(self, name: str, snapshot: str, *, request: RequestId | None = None) -> RolledBack:
         """Have the volume read as the snapshot does. What it held is kept as another snapshot.
 
         Raises ``Busy`` if it is open. A crash in between leaves the volume as it was, beside the snapshot kept.
         """
         found, source = self.find(name), self.find(snapshot)
+        if request is not None and found.record.request == request:
+            return RolledBack(self._kept_by(request, found), found.record)
         if source.record.writable:
             raise InvalidInput(f"{snapshot} is not a snapshot; see `archip volume-list`")
         if not found.record.writable:
@@ -402,11 +478,11 @@ class Composer:
                 raise InvalidInput(f"{snapshot} is not a snapshot of {name}; clone it instead")
             reservation = stack.enter_context(mapper.reserve(self._free_name(_kept_name(name))))
             frozen = opened.freeze()
-            kept = mapper.publish_snapshot(reservation, opened.record, frozen.layer, frozen.size).record
+            kept = mapper.publish_snapshot(reservation, opened.record, frozen.layer, frozen.size, request).record
             with mapper.new_layer(source.record.layer, source.record.size) as head:
                 # The new layer exists; whoever removes the snapshot from here on sees that its layer is in use.
                 mapper.still_there(source.record)
-                opened.replace_layers(head.id, source.record.size)
+                opened.replace_layers(head.id, source.record.size, request=request)
             record = opened.record
         self._reclaim_wanted = True
         log.info("rolled back", volume=name, to=snapshot, kept=kept.name)
@@ -499,7 +575,9 @@ class Composer:
         """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to.
 
         What cannot be done now, as in a store that is full or damaged somewhere, is logged and left for the next time.
+        May run beside everything else; what is open stays so.
         """
+        live = self._live.layers()  # first: a layer's record is there before its live bitmap
         layers: set[LayerId] = set()
         for mapper in self._mappers.values():
             for record in mapper.removed():
@@ -510,10 +588,18 @@ class Composer:
             except StoreError as error:
                 log.error("stray locks stay", backend=mapper.backend, error=str(error))
             layers |= {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
-        self._live.forget_unless(layers.__contains__)
-        self._recover_open(self._live.layers())
+        for layer in live - layers:
+            self._live.forget(layer)
+        self._recover_open(live & layers)
 
     def _purge_removed(self, mapper: Mapper, record: VolumeRecord) -> None:
+        opened = self._table.volumes.get(record.id)
+        if opened is not None:
+            self._removed_while_open(mapper, opened)
+            return
+        if record.id in self._table.awaited:
+            return
+
         def purge() -> None:
             if record.writable:
                 mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
@@ -529,6 +615,15 @@ class Composer:
             return  # open on another node, which purges it when it closes it
         except ArchipError as error:
             log.error("not purged", volume=record.id, error=str(error))
+
+    def _removed_while_open(self, mapper: Mapper, opened: OpenVolume) -> None:
+        """Nobody opens a volume without a name; but who has it open from before it was removed, goes on using it."""
+        try:
+            with opened.control:
+                if opened.started:
+                    opened.record = mapper.remove(opened.id)  # who closes it last purges it
+        except ArchipError as error:
+            log.error("removed, and not purged when it is closed", volume=opened.id, error=str(error))
 
     def _recover_open(self, live: set[LayerId]) -> None:
         """Open and close the volumes that were open at the crash: their sizes and times of change come from what the
@@ -661,10 +756,13 @@ class Composer:
             candidate = f"{name}-{number}"
         return candidate
 
-    def _made(self, event: str, record: VolumeRecord, started: float) -> Made:
-        seconds = time.perf_counter() - started
-        log.info(event, volume=record.name, kind=record.kind.value, size=record.size, seconds=round(seconds, 6))
-        return Made(record, seconds)
+    def _kept_by(self, request: RequestId, found: Found) -> VolumeRecord:
+        """What the rollback by this very request kept of the volume; the last one, if a crash made it begin anew."""
+        made = [each.record for each in found.mapper.volumes() if each.record.request == request]
+        kept = [each for each in made if each.kind is Kind.SNAPSHOT and each.origin == found.record.id]
+        if not kept:
+            raise NotFound(f"{found.record.name} was rolled back, and what it held before has been removed since")
+        return max(kept, key=lambda each: each.created_ns)
 
 
 def _kept_name(name: str) -> str:

@@ -1,7 +1,6 @@
 """From layer records to engine layers: opening a chain, and where its live bitmaps lie."""
 
 import hashlib
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from archipfs.map.mapper import bitmap_key, data_key
 from archipfs.map.records import LayerRecord, LockRecord
 from archipfs.types import LayerId
 
+UNFINISHED = ".new"
+"""What the engine adds to the name of a live bitmap while it makes it."""
 BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -35,17 +36,12 @@ class LiveBitmaps:
 
     def forget(self, layer: LayerId) -> None:
         """Remove a layer's live bitmap, if it has one: the layer is deleted."""
-        Path(self.path(layer)).unlink(missing_ok=True)
+        for path in (self.path(layer), self.path(layer) + UNFINISHED):
+            Path(path).unlink(missing_ok=True)
 
     def layers(self) -> set[LayerId]:
         """Those that have a live bitmap: they are open, or were when this node crashed."""
-        return {LayerId(path.name) for path in self._directory.iterdir()}
-
-    def forget_unless(self, exists: Callable[[LayerId], bool]) -> None:
-        """Remove the live bitmaps of layers that no longer exist."""
-        for path in self._directory.iterdir():
-            if not exists(LayerId(path.name)):
-                path.unlink(missing_ok=True)
+        return {LayerId(path.name.removesuffix(UNFINISHED)) for path in self._directory.iterdir()}
 
 
 def open_live_layer(

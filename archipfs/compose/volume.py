@@ -17,7 +17,7 @@ from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_c
 from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
-from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
+from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,12 @@ class OpenVolume:
 
         Raises ``NotFound`` for a volume that has no name any more.
         """
-        record = self.mapper.catalog.volume(self.id).record
-        if record.name is None:
+        if self.mapper.catalog.volume(self.id).record.name is None:
             raise NotFound(f"the volume {self.id} has been removed; see `archip volume-list`")
+        self._start()
+
+    def _start(self) -> None:
+        record = self.mapper.catalog.volume(self.id).record
         if record.writable:
             self._record = record
             try:
@@ -85,9 +88,24 @@ class OpenVolume:
             self._record = record
             self._begin(engine)
 
+    def start_again(self, generation: int) -> None:
+        """As ``start``, for those who had it open when the process before us died, under the lock of ``generation``.
+
+        A removed volume too. Raises ``NotFound`` for one that is gone.
+        """
+        if generation:
+            record = self.mapper.catalog.volume(self.id).record
+            lock = self.mapper.locks.get(self.id)
+            if not self.mapper.locks.holds(self.id, Hold.IO) or lock is None or lock.generation != generation:
+                self._record, self._fenced = record, True
+                return
+        self._start()
+
     def own(self) -> None:
         """Take the volume's lock and open it for writing. Raises ``LockHeld`` if another node has it."""
         with self.control:
+            if self._fenced:
+                raise self._fenced_error()
             if self._engine is not None:
                 return
             # A lock that a crash left is kept when opening fails: the live bitmap beside it has all that is known.
@@ -184,6 +202,11 @@ class OpenVolume:
         return self.record.name or f"the removed volume {self.id}"
 
     @property
+    def generation(self) -> int:
+        """Of the lock we hold, 0 if we hold none."""
+        return self._lease.generation if self._lease is not None else 0
+
+    @property
     def owned(self) -> bool:
         """Whether we hold the lock, so that what we read may be cached."""
         return self._lease is not None or not self.record.writable
@@ -233,7 +256,7 @@ class OpenVolume:
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
         if self._fenced:
-            raise Fenced(f"the lock of {self.name} was broken by another node; close it and open it again")
+            raise self._fenced_error()
         if self._engine is not None:
             return self._engine.read(offset, length)
         engine = self._durable_engine(self.mapper.catalog.volume(self.id).record)
@@ -253,6 +276,8 @@ class OpenVolume:
 
     def flush(self) -> None:
         """Make all that returned before durable, the size too. Raises ``Fenced`` once our lock was broken."""
+        if self._fenced:
+            raise self._fenced_error()
         engine, lease = self._engine, self._lease
         if engine is None or lease is None:
             return
@@ -323,12 +348,12 @@ class OpenVolume:
                 raise
             self._record = found
 
-    def replace_layers(self, layer: LayerId, visible: int) -> None:
+    def replace_layers(self, layer: LayerId, visible: int, *, request: RequestId | None = None) -> None:
         """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
         with self.control:
             engine = self.engine
             now_ns = time.time_ns()
-            self._change(layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns)
+            self._change(layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns, request=request)
             self._end()
             engine.close(clean=True)
             self._engine = None
@@ -362,6 +387,9 @@ class OpenVolume:
         except Fenced:
             self._fence(engine)
             raise
+
+    def _fenced_error(self) -> Fenced:
+        return Fenced(f"the lock of {self.name} was broken by another node; close it and open it again")
 
     def _fence(self, engine: EngineVolume) -> None:
         """Write no more, and read no more either: what we have in memory is not what the volume holds now."""

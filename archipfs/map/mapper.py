@@ -21,7 +21,7 @@ from archipfs.map.locks import Locks, Node
 from archipfs.map.names import check_name
 from archipfs.map.reclaim import Reclaimed, delete_layer, reclaim
 from archipfs.map.records import Kind, LayerRecord, LockRecord, NameRecord, StoreRecord, VolumeRecord
-from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId, new_layer_id, new_volume_id
+from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
 FOREIGN_GRACE_NS = 3600 * 10**9
@@ -247,7 +247,9 @@ class Mapper:
 
     # Volumes
 
-    def create(self, name: str, size: int, attributes: Attributes) -> Versioned[VolumeRecord]:
+    def create(
+        self, name: str, size: int, attributes: Attributes, request: RequestId | None = None
+    ) -> Versioned[VolumeRecord]:
         """A new, empty volume. ``size`` may be 0 here: a file just created has none yet.
 
         Raises ``InvalidName``, ``InvalidSize``, ``TooLarge``, ``AlreadyExists``.
@@ -256,9 +258,17 @@ class Mapper:
         if size:
             self.check_fits(size)
         with self.reserve(name) as reservation, self.new_layer(None, 0) as layer:
-            return self.publish(reservation, self._fresh(reservation, Kind.VOLUME, size, layer.id, None, attributes))
+            record = self._fresh(reservation, Kind.VOLUME, size, layer.id, None, attributes, request)
+            return self.publish(reservation, record)
 
-    def clone(self, source: VolumeRecord, name: str, size: int, attributes: Attributes) -> Versioned[VolumeRecord]:
+    def clone(
+        self,
+        source: VolumeRecord,
+        name: str,
+        size: int,
+        attributes: Attributes,
+        request: RequestId | None = None,
+    ) -> Versioned[VolumeRecord]:
         """A writable volume on top of the layer of the snapshot ``source``, at least as large as it.
 
         Raises as ``create`` does, and ``NotFound`` if the source is removed meanwhile.
@@ -266,19 +276,27 @@ class Mapper:
         with self.reserve(name) as reservation, self.new_layer(source.layer, source.size) as layer:
             # The child exists; from here on, whoever removes the source sees that its layer is in use.
             self.still_there(source)
-            return self.publish(reservation, self._fresh(reservation, Kind.CLONE, size, layer.id, source, attributes))
+            record = self._fresh(reservation, Kind.CLONE, size, layer.id, source, attributes, request)
+            return self.publish(reservation, record)
 
     def publish_snapshot(
-        self, reservation: Reservation, source: VolumeRecord, layer: LayerId, size: int
+        self,
+        reservation: Reservation,
+        source: VolumeRecord,
+        layer: LayerId,
+        size: int,
+        request: RequestId | None = None,
     ) -> Versioned[VolumeRecord]:
         """Commit a snapshot of ``source`` that reads ``layer``, which nobody writes any more."""
         attributes = Attributes(0o444, source.uid, source.gid)
-        record = self._fresh(reservation, Kind.SNAPSHOT, size, layer, source, attributes)
+        record = self._fresh(reservation, Kind.SNAPSHOT, size, layer, source, attributes, request)
         return self.publish(reservation, record)
 
-    def publish_again(self, reservation: Reservation, source: VolumeRecord, size: int) -> Versioned[VolumeRecord]:
+    def publish_again(
+        self, reservation: Reservation, source: VolumeRecord, size: int, request: RequestId | None = None
+    ) -> Versioned[VolumeRecord]:
         """Commit another snapshot of what the snapshot ``source`` holds. Raises ``NotFound`` if it is removed."""
-        made = self.publish_snapshot(reservation, source, source.layer, size)
+        made = self.publish_snapshot(reservation, source, source.layer, size, request)
         try:
             # The other one leads to the layer now; whoever removes the source from here on sees that.
             self.still_there(source)
@@ -299,7 +317,9 @@ class Mapper:
             except Conflict:
                 continue
 
-    def rename(self, volume: VolumeId, name: str, *, replace: VolumeId | None) -> VolumeRecord | None:
+    def rename(
+        self, volume: VolumeId, name: str, *, replace: VolumeId | None, request: RequestId | None = None
+    ) -> VolumeRecord | None:
         """Call ``volume`` ``name``. Returns ``replace``, nameless now, if that is who had the name.
 
         Hold the lock of the volume, and of the one that is replaced. Raises ``AlreadyExists``, ``NotFound``, and
@@ -315,7 +335,7 @@ class Mapper:
             self._finish_replacing(old.record.name, volume)
             try:
                 displaced = self._point_name(name, volume, replace)
-                renamed = msgspec.structs.replace(old.record, name=name, ctime_ns=time.time_ns())
+                renamed = msgspec.structs.replace(old.record, name=name, ctime_ns=time.time_ns(), request=request)
                 # Not if the record changed since: whoever takes the name over touches it.
                 self.catalog.put_volume(renamed, old.version)
                 break
@@ -433,6 +453,7 @@ class Mapper:
         layer: LayerId,
         origin: VolumeRecord | None,
         attributes: Attributes,
+        request: RequestId | None,
     ) -> VolumeRecord:
         now_ns = time.time_ns()
         return VolumeRecord(
@@ -450,4 +471,5 @@ class Mapper:
             atime_ns=now_ns,
             mtime_ns=origin.mtime_ns if origin is not None else now_ns,
             ctime_ns=now_ns,
+            request=request,
         )

@@ -1,6 +1,6 @@
 """The records and their encoding: one header line, then JSON. docs/format.md has it field by field.
 
-    archipfs-record 1 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
+    archipfs-record 2 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
     {"id":"…","name":"vm1",…}
 
 The nonce makes every encoding unique, so that a writer can tell its own value from an equal one of somebody else.
@@ -16,9 +16,10 @@ import msgspec
 import xxhash
 
 from archipfs.errors import FormatTooNew, ObjectDamaged
-from archipfs.types import LayerId, VolumeId
+from archipfs.types import LayerId, RequestId, VolumeId
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no ``request`` in a volume's record, and is read as if that were null."""
 _MAGIC = b"archipfs-record"
 _VERSION_PATTERN = re.compile(rb"[1-9][0-9]{0,8}")
 
@@ -61,6 +62,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtime_ns: int
     ctime_ns: int
     xattrs: dict[str, bytes] = {}
+    request: RequestId | None = None
+    """Who made it, or last renamed it or rolled it back: how such a request is recognised when it comes again."""
 
     @property
     def writable(self) -> bool:

@@ -112,8 +112,8 @@ def _replace_in_records(root: Path, kind: str, old: bytes, new: bytes) -> None:
 
 
 def test_a_store_of_a_later_version(cli: Cli, vm1: str, root: Path) -> None:
-    _replace_in_records(root, "store", b"archipfs-record 1", b"archipfs-record 2")
-    cli("volume-list").failed(1, "format 2", "upgrade archipfs")
+    _replace_in_records(root, "store", b"archipfs-record 2", b"archipfs-record 3")
+    cli("volume-list").failed(1, "format 3", "upgrade archipfs")
 
 
 def test_a_damaged_record(cli: Cli, vm1: str, root: Path) -> None:

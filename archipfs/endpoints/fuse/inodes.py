@@ -27,6 +27,10 @@ class Inodes:
         self._lookups[inode] = self._lookups.get(inode, 0) + 1
         return inode
 
+    def learn(self, volume: VolumeId) -> None:
+        """The kernel may have looked it up in the time of an earlier process. One more that is not counted."""
+        self._volumes.setdefault(inode_of(volume), volume)
+
     def forget(self, inode: int, lookups: int) -> None:
         left = self._lookups.get(inode, 0) - lookups
         if left > 0:

@@ -1,16 +1,22 @@
 """The pyfuse3 operations over a composer.
 
 Whatever may wait runs in a worker thread. A read that the page cache can answer is answered at once; everything else
-goes to a thread. File handles are inode numbers: all who have a volume open share one ``OpenVolume`` and its count.
+goes to a thread. All who have a volume open share one ``OpenVolume`` and its count.
+
+With a session, everything here may happen twice, in one process and in the next: a handle is the number of the request
+that opened it, and what must not be done twice is done under the request's id.
 """
 
 import errno
 import functools
+import itertools
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -22,6 +28,7 @@ from archipfs.compose.composer import Composer, Found
 from archipfs.compose.volume import OpenVolume
 from archipfs.endpoints.fuse import xattrs
 from archipfs.endpoints.fuse.inodes import ROOT, Inodes, inode_of
+from archipfs.endpoints.fuse.session import Handle, Session
 from archipfs.errors import (
     ArchipError,
     InvalidInput,
@@ -36,7 +43,7 @@ from archipfs.errors import (
 from archipfs.map.mapper import Attributes
 from archipfs.map.names import check_name
 from archipfs.map.records import VolumeRecord
-from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES
+from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES, RequestId
 
 log = structlog.get_logger()
 
@@ -46,6 +53,7 @@ BLOCK_BYTES = 512
 """The unit of st_blocks, whatever st_blksize says."""
 THREADS_MAX = 64
 LOCK_RETRY_SECONDS_MAX = 1.0
+IDLE_CHECK_SECONDS = 0.002
 READDIR_ENTRIES = 32
 """At most so many in one answer; the kernel's page holds about as many."""
 QUIET = frozenset({errno.ENOENT, errno.ENODATA})
@@ -64,6 +72,7 @@ def replies(handler: Handler[P, T]) -> Handler[P, T]:
 
     @functools.wraps(handler)
     async def guarded(self: "VolumeOperations", *args: P.args, **kwargs: P.kwargs) -> T:
+        self.under_way += 1
         try:
             return await handler(self, *args, **kwargs)
         except (pyfuse3.FUSEError, trio.Cancelled):
@@ -76,8 +85,19 @@ def replies(handler: Handler[P, T]) -> Handler[P, T]:
         except Exception as error:
             log.exception("bug", operation=handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from error
+        finally:
+            self.under_way -= 1
 
     return cast("Handler[P, T]", guarded)
+
+
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """How requests are known by their numbers: with the front, which hands them on in the header's ``pid``."""
+
+    session: Session
+    number_of: Callable[[int], tuple[int, bool]]
+    """From ``pid`` to the number, and whether the kernel sends the request again."""
 
 
 class VolumeOperations(pyfuse3.Operations):
@@ -87,12 +107,18 @@ class VolumeOperations(pyfuse3.Operations):
     def __init__(self, composer: Composer, uid: int, gid: int) -> None:
         """``uid`` and ``gid`` own the root directory."""
         super().__init__()
+        self.numbering: Numbering | None = None
+        """Set before the first request, where there is one."""
+        self.under_way = 0
+        """Requests that have no answer yet."""
         self._composer = composer
         self._owner = (uid, gid)
         self._inodes = Inodes()
-        self._open: dict[int, list[OpenVolume]] = {}
+        self._open: dict[int, OpenVolume] = {}
+        self._opened_times: Counter[str] = Counter()
         self._listings: dict[int, list[Found]] = {}
-        self._listings_made = 0
+        # Not from 1: the kernel may have directories open from the time of an earlier process.
+        self._numbers = itertools.count(time.time_ns())
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         # Of its own: others wait for it while they hold a thread of theirs.
         self._invalidating = trio.CapacityLimiter(1)
@@ -117,13 +143,17 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        listing = await self._run(lambda: sorted(self._composer.volumes(), key=lambda each: str(each.record.name)))
-        self._listings_made += 1
-        self._listings[self._listings_made] = listing
-        return self._listings_made
+        handle = next(self._numbers)
+        self._listings[handle] = await self._run(self._listing)
+        return handle
+
+    def _listing(self) -> list[Found]:
+        return sorted(self._composer.volumes(), key=lambda each: str(each.record.name))
 
     @replies
     async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if handle not in self._listings:  # opened in the time of an earlier process
+            self._listings[handle] = await self._run(self._listing)
         listing = self._listings[handle]
         for index, dots in enumerate((b".", b"..")):
             if start_id <= index and not pyfuse3.readdir_reply(token, dots, self._root_attributes(), index + 1):
@@ -143,14 +173,14 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def releasedir(self, handle: int) -> None:
-        del self._listings[handle]
+        self._listings.pop(handle, None)
 
     @replies
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         found = await self._make(name, mode, ctx)
-        handle = await self._open_handle(found)
+        handle = await self._open_handle(found, ctx)
         return handle, await self._entry(found)
 
     @replies
@@ -163,7 +193,11 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._run(functools.partial(self._composer.remove, _decode(name), even_if_open=True))
+        try:
+            await self._run(functools.partial(self._composer.remove, _decode(name), even_if_open=True))
+        except NotFound:
+            if not self._is_sent_again(ctx):  # else it was removed when the request came first
+                raise
         self._root_changed_ns = time.time_ns()
 
     @replies
@@ -179,7 +213,7 @@ class VolumeOperations(pyfuse3.Operations):
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise InvalidInput(f"cannot exchange {name_old!r} and {name_new!r}; rename them one after the other")
         replace = not flags & pyfuse3.RENAME_NOREPLACE
-        rename = functools.partial(self._composer.rename, replace=replace)
+        rename = functools.partial(self._composer.rename, replace=replace, request=self._request(ctx))
         await self._run(rename, _decode(name_old), check_name(_decode(name_new)))
         self._root_changed_ns = time.time_ns()
 
@@ -208,7 +242,7 @@ class VolumeOperations(pyfuse3.Operations):
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         if inode == ROOT:
             return self._root_attributes()
-        return await self._run(lambda: self._attributes(self._found(inode)))
+        return await self._run(lambda: self._attributes(self.found(inode)))
 
     @replies
     async def setattr(
@@ -221,7 +255,7 @@ class VolumeOperations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         if inode == ROOT:
             raise pyfuse3.FUSEError(errno.EPERM)
-        found = await self._run(self._found, inode)
+        found = await self._run(self.found, inode)
         if fields.update_size:
             await self._run(self._composer.resize, found, attr.st_size)
         changes: dict[str, int] = {}
@@ -243,7 +277,7 @@ class VolumeOperations(pyfuse3.Operations):
 
             set_attributes = functools.partial(self._composer.set_attributes, sets_mtime=fields.update_mtime)
             await self._run(set_attributes, found.record.id, changed)
-        return await self._run(lambda: self._attributes(self._found(inode)))
+        return await self._run(lambda: self._attributes(self.found(inode)))
 
     @replies
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -261,7 +295,7 @@ class VolumeOperations(pyfuse3.Operations):
         # The kernel asks for security.capability before each write: answer that without a detour.
         if inode == ROOT or not name.startswith(xattrs.USER_PREFIX.encode()):
             raise pyfuse3.FUSEError(errno.ENODATA)
-        value = await self._run(lambda: xattrs.get(self._composer, self._found(inode), _decode(name)))
+        value = await self._run(lambda: xattrs.get(self._composer, self.found(inode), _decode(name)))
         if value is None:
             raise pyfuse3.FUSEError(errno.ENODATA)
         return value
@@ -270,7 +304,8 @@ class VolumeOperations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         if inode == ROOT:
             raise NotSupported("the mount's root keeps no attributes; set them on a volume")
-        await self._run(lambda: xattrs.set_(self._composer, self._found(inode), _decode(name), bytes(value)))
+        request = self._request(ctx)
+        await self._run(lambda: xattrs.set_(self._composer, self.found(inode), _decode(name), bytes(value), request))
         if xattrs.is_ours(_decode(name)):
             self._root_changed_ns = time.time_ns()
             await self.invalidate(inode)
@@ -279,13 +314,13 @@ class VolumeOperations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         if inode == ROOT:
             return []
-        found = await self._run(self._found, inode)
+        found = await self._run(self.found, inode)
         return [name.encode() for name in found.record.xattrs]
 
     @replies
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         if inode == ROOT or not await self._run(
-            lambda: xattrs.remove(self._composer, self._found(inode), _decode(name))
+            lambda: xattrs.remove(self._composer, self.found(inode), _decode(name))
         ):
             raise pyfuse3.FUSEError(errno.ENODATA)
 
@@ -293,27 +328,29 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        found = await self._run(self._found, inode)
+        found = await self._run(self.found, inode)
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         if writes and not found.record.writable:
             raise ReadOnlyVolume(f"{found.record.name} is a snapshot and does not change; clone it to write")
         if flags & os.O_TRUNC:
             await self._run(self._composer.resize, found, 0)
-        return await self._open_handle(found)
+        return await self._open_handle(found, ctx)
 
     @replies
     async def read(self, handle: int, offset: int, size: int) -> bytes:
-        volume = self._volume(handle)
+        volume = await self.opened(handle)
         data = volume.read_nowait(offset, size)
         return data if data is not None else await self._run(volume.read, offset, size)
 
     @replies
     async def write(self, handle: int, offset: int, data: bytes) -> int:
-        volume = self._volume(handle)
+        volume = await self.opened(handle)
         pause_seconds = 0.05
         while True:
             try:
-                return await self._run(volume.write, offset, data)
+                written = await self._run(volume.write, offset, data)
+                self._remember(handle, volume)
+                return written
             except LockHeld:
                 # Another node has the lock: a write waits until it is given back.
                 await trio.sleep(pause_seconds)
@@ -321,7 +358,8 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def fsync(self, handle: int, datasync: bool) -> None:
-        await self._run(self._volume(handle).flush)
+        volume = await self.opened(handle)
+        await self._run(volume.flush)
 
     @replies
     async def flush(self, handle: int) -> None:
@@ -329,13 +367,39 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def release(self, handle: int) -> None:
-        opened = self._open[handle]
-        volume = opened.pop()
-        if not opened:
-            del self._open[handle]
+        volume = self._open.pop(handle, None)
+        if self.numbering is not None:
+            self.numbering.session.remove(handle)
+        if volume is None:
+            return  # it was closed when the request came first
+        self._opened_times[volume.id] -= 1
+        if not self._opened_times[volume.id]:
+            del self._opened_times[volume.id]
         await self._run(self._composer.release, volume)
 
     # For the daemon
+
+    async def idle(self) -> None:
+        """Return when every request has its answer."""
+        while self.under_way:
+            await trio.sleep(IDLE_CHECK_SECONDS)
+
+    async def take_up(self) -> None:
+        """Open again what the kernel has open since the time of an earlier process.
+
+        What cannot be opened now is tried again when it is used.
+        """
+        if self.numbering is None:
+            return
+        async with trio.open_nursery() as nursery:
+            for handle in self.numbering.session.handles():
+                nursery.start_soon(self._take_up, handle)
+
+    async def _take_up(self, handle: Handle) -> None:
+        try:
+            await self.opened(handle.number)
+        except (ArchipError, OSError) as error:
+            log.error("not opened again", volume=handle.volume, error=str(error))
 
     async def invalidate(self, inode: int) -> None:
         """Have the kernel forget what it caches of the volume: its content changed other than by writing."""
@@ -347,32 +411,75 @@ class VolumeOperations(pyfuse3.Operations):
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
 
-    def _found(self, inode: int) -> Found:
+    def found(self, inode: int) -> Found:
+        """The volume with that inode number. Raises ``NotFound``. Blocks."""
         volume = self._inodes.volume(inode)
-        if volume is not None:
-            return self._composer.find_by_id(volume)
-        for found in self._composer.volumes():
-            if inode_of(found.record.id) == inode:
-                return found
-        raise NotFound(f"no volume has the inode number {inode}")
+        if volume is None:
+            # Looked up in the time of an earlier process, as others may have been.
+            for each in self._composer.volumes():
+                self._inodes.learn(each.record.id)
+            volume = self._inodes.volume(inode)
+        if volume is None:
+            raise NotFound(f"no volume has the inode number {inode}")
+        return self._composer.find_by_id(volume)
 
-    def _volume(self, handle: int) -> OpenVolume:
-        return self._open[handle][-1]
+    async def opened(self, handle: int) -> OpenVolume:
+        """The volume behind an open file. Raises what opening it again does, where that is needed and fails."""
+        volume = self._open.get(handle)
+        if volume is not None:
+            return volume
+        known = self.numbering.session.get(handle) if self.numbering is not None else None
+        if known is None:
+            raise NotFound(f"no file is open under the handle {handle}; this is a bug, please report it")
+        volume = await self._run(self._composer.reopen, known.volume, known.generation)
+        if handle in self._open or self.numbering is None or self.numbering.session.get(handle) is None:
+            await self._run(self._composer.release, volume)  # somebody was faster, or closed it meanwhile
+        else:
+            self._inodes.learn(volume.id)
+            self._keep_open(handle, volume)
+        return await self.opened(handle)
+
+    def request_id(self, number: int) -> RequestId | None:
+        """Who the request of that number is; ``None`` where no request can come again."""
+        return self.numbering.session.request_id(number) if self.numbering is not None else None
+
+    def _request(self, ctx: pyfuse3.RequestContext) -> RequestId | None:
+        if self.numbering is None:
+            return None
+        number, _ = self.numbering.number_of(ctx.pid)
+        return self.request_id(number)
+
+    def _is_sent_again(self, ctx: pyfuse3.RequestContext) -> bool:
+        return self.numbering is not None and self.numbering.number_of(ctx.pid)[1]
+
+    def _keep_open(self, handle: int, volume: OpenVolume) -> None:
+        self._open[handle] = volume
+        self._opened_times[volume.id] += 1
+        self._remember(handle, volume)
+
+    def _remember(self, handle: int, volume: OpenVolume) -> None:
+        """Have the session know the handle, and under which lock it is open."""
+        if self.numbering is None:
+            return
+        now = Handle(handle, volume.id, volume.generation)
+        if self.numbering.session.get(handle) != now:
+            self.numbering.session.put(now)
 
     async def _make(self, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> Found:
         attributes = Attributes(stat.S_IMODE(mode), ctx.uid, ctx.gid)
-        make = functools.partial(self._composer.create, attributes=attributes)
+        make = functools.partial(self._composer.create, attributes=attributes, request=self._request(ctx))
         made = await self._run(make, _decode(name), 0)
         self._root_changed_ns = time.time_ns()
         return await self._run(self._composer.find_by_id, made.record.id)
 
-    async def _open_handle(self, found: Found) -> pyfuse3.FileInfo:
-        volume = await self._run(self._composer.open, found)
-        handle = inode_of(found.record.id)
-        others = self._open.setdefault(handle, [])
-        others.append(volume)
+    async def _open_handle(self, found: Found, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        handle = next(self._numbers) if self.numbering is None else self.numbering.number_of(ctx.pid)[0]
+        if handle not in self._open:  # else it was opened when the request came first
+            self._keep_open(handle, await self._run(self._composer.open, found))
+        volume = self._open[handle]
         # What another node writes, or wrote while we had it closed, must not be answered from our page cache.
-        return pyfuse3.FileInfo(fh=handle, direct_io=not volume.owned, keep_cache=volume.owned and len(others) > 1)
+        keep_cache = volume.owned and self._opened_times[volume.id] > 1
+        return pyfuse3.FileInfo(fh=handle, direct_io=not volume.owned, keep_cache=keep_cache)
 
     async def _entry(self, found: Found) -> pyfuse3.EntryAttributes:
         attributes = await self._run(self._attributes, found)
