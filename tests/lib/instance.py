@@ -177,6 +177,12 @@ class Instance:
         ours = b"archipfs.daemon" in command and str(self.root).encode() in command
         return pid if ours and process_lives(pid) else None
 
+    def wait_for_another_daemon(self, than: int) -> int:
+        """Until a daemon that is not process ``than`` answers; its process id."""
+        wait_until(lambda: self.daemon_pid() not in (None, than), f"another daemon than {than} serves")
+        pid: int = self.call("status")["daemon_pid"]
+        return pid
+
     def supervisor_pid(self) -> int | None:
         """The process that is this instance's supervisor; ``None`` if there is none."""
         for process in Path("/proc").glob("[0-9]*"):
