@@ -1,9 +1,5 @@
-"""``archip``: the group of all commands, the global options, and how every error ends as one line and an exit code.
+"""``archip``: the group of all commands, and the global options."""
 
-Exit codes: 0 done, 1 failed, 2 wrong usage. What a signal or a closed pipe ended has the shell's code for that.
-"""
-
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +14,12 @@ from click.shell_completion import shell_complete
 
 from archipfs.cli import backends, mounts, volumes
 from archipfs.cli.instance import Instance
-from archipfs.cli.output import printable
+from archipfs.cli.program import make_output_safe, run_program
 from archipfs.daemon.logs import configure_command_logs
-from archipfs.errors import FAILED_EXIT_CODE, USAGE_EXIT_CODE, ArchipError, InvalidInput, exit_code_of
+from archipfs.errors import InvalidInput
 
 NAME = "archip"
 COMPLETE_VARIABLE = "_ARCHIP_COMPLETE"
-INTERRUPTED_EXIT_CODE = 130
-CLOSED_PIPE_EXIT_CODE = 141
 
 EPILOG = """\
 \b
@@ -112,60 +106,13 @@ def main() -> NoReturn:
     if instruction:
         sys.exit(shell_complete(archip, {}, NAME, COMPLETE_VARIABLE, instruction))
     configure_command_logs()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    make_output_safe()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line; the exit code."""
-    try:
-        code = _invoke(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _give_up_output()
-        return CLOSED_PIPE_EXIT_CODE
-    except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED_EXIT_CODE)
-    except ArchipError as error:
-        return _failed(str(error), exit_code_of(error))
-    except click.UsageError as error:
-        return _failed(_usage_line(error), USAGE_EXIT_CODE)
-    except OSError as error:
-        if error.filename is None:
-            _give_up_output()  # it may be what cannot be written, as on a full disk
-        return _failed(f"{error.filename or 'cannot go on'}: {error.strerror or error}", FAILED_EXIT_CODE)
-    return code
-
-
-def _give_up_output() -> None:
-    """Let what is not printed yet go nowhere, so that the interpreter does not fail on it once more when it ends."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)
-
-
-def _invoke(arguments: Sequence[str]) -> int:
-    try:
-        with archip.make_context(NAME, list(arguments)) as ctx:
-            archip.invoke(ctx)
-    except click.exceptions.Exit as leaving:
-        return leaving.exit_code
-    return 0
-
-
-def _usage_line(error: click.UsageError) -> str:
-    """Click's complaint as our kind of sentence, with where to read more."""
-    message = " ".join(error.format_message().split()).rstrip(".?")
-    command = error.ctx.command_path if error.ctx is not None else NAME
-    return f"{message[0].lower()}{message[1:]}; see {command} --help"
-
-
-def _failed(message: str, code: int) -> int:
-    click.echo(f"{NAME}: {printable(message)}", err=True)
-    return code
+    return run_program(archip, NAME, arguments)
 
 
 if __name__ == "__main__":

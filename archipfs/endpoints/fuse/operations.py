@@ -27,6 +27,7 @@ import trio
 from archipfs.compose.composer import Composer, Found
 from archipfs.compose.volume import OpenVolume
 from archipfs.endpoints.fuse import xattrs
+from archipfs.endpoints.fuse.commands import Caller
 from archipfs.endpoints.fuse.inodes import ROOT, Inodes, inode_of
 from archipfs.endpoints.fuse.session import Handle, Session
 from archipfs.errors import (
@@ -56,7 +57,7 @@ LOCK_RETRY_SECONDS_MAX = 1.0
 IDLE_CHECK_SECONDS = 0.002
 READDIR_ENTRIES = 32
 """At most so many in one answer; the kernel's page holds about as many."""
-QUIET = frozenset({errno.ENOENT, errno.ENODATA})
+QUIET = frozenset({errno.ENOENT, errno.ENODATA, errno.ENOTTY})
 """Answers so common that they are not worth a line in the log."""
 
 P = ParamSpec("P")
@@ -77,18 +78,23 @@ def replies(handler: Handler[P, T]) -> Handler[P, T]:
             return await handler(self, *args, **kwargs)
         except (pyfuse3.FUSEError, trio.Cancelled):
             raise
-        except (ArchipError, OSError) as error:
-            number = errno_of(error)
-            if number not in QUIET:
-                log.warning("refused", operation=handler.__name__, errno=errno.errorcode.get(number), error=str(error))
-            raise pyfuse3.FUSEError(number) from error
         except Exception as error:
-            log.exception("bug", operation=handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from error
+            raise pyfuse3.FUSEError(refusal(handler.__name__, error)) from error
         finally:
             self.under_way -= 1
 
     return cast("Handler[P, T]", guarded)
+
+
+def refusal(operation: str, error: Exception) -> int:
+    """The errno to answer with. The sentence goes to the log; of what is no error of ours, a bug, the traceback."""
+    if isinstance(error, ArchipError | OSError):
+        number = errno_of(error)
+        if number not in QUIET:
+            log.warning("refused", operation=operation, errno=errno.errorcode.get(number), error=str(error))
+        return number
+    log.error("bug", operation=operation, exc_info=error)
+    return errno.EIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,10 +310,10 @@ class VolumeOperations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         if inode == ROOT:
             raise NotSupported("the mount's root keeps no attributes; set them on a volume")
-        request = self._request(ctx)
-        await self._run(lambda: xattrs.set_(self._composer, self.found(inode), _decode(name), bytes(value), request))
+        caller = Caller(ctx.uid, ctx.gid, writes=True, request=self._request(ctx))
+        await self._run(lambda: xattrs.set_(self._composer, self.found(inode), _decode(name), bytes(value), caller))
         if xattrs.is_ours(_decode(name)):
-            self._root_changed_ns = time.time_ns()
+            self.names_changed()
             await self.invalidate(inode)
 
     @replies
@@ -378,6 +384,10 @@ class VolumeOperations(pyfuse3.Operations):
         await self._run(self._composer.release, volume)
 
     # For the daemon
+
+    def names_changed(self) -> None:
+        """A name came or went: the root directory's time follows."""
+        self._root_changed_ns = time.time_ns()
 
     async def idle(self) -> None:
         """Return when every request has its answer."""

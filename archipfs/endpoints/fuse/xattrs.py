@@ -11,52 +11,38 @@ import msgspec
 
 from archipfs.compose.composer import Composer, Found
 from archipfs.compose.describe import describe, describe_lock, origin_of
-from archipfs.errors import InvalidInput, NotFound, NotSupported, StoreFull
+from archipfs.endpoints.fuse.commands import Caller, clone, name_of, snapshot
+from archipfs.errors import InvalidInput, NotSupported, StoreFull
 from archipfs.map.records import VolumeRecord
-from archipfs.types import RequestId
 
 PREFIX = "user.archip."
 USER_PREFIX = "user."
 USER_BYTES_MAX = 64 << 10
 """Of all the user's attributes of one volume together: they are part of its record."""
 
-Command = Callable[[Composer, Found, str, RequestId | None], None]
+Command = Callable[[Composer, Found, str, Caller], None]
 Fact = Callable[[Composer, Found], str]
 
 
-def _name(found: Found) -> str:
-    if found.record.name is None:
-        raise NotFound(f"the volume {found.record.id} has been removed")
-    return found.record.name
+def _rollback(composer: Composer, found: Found, value: str, caller: Caller) -> None:
+    composer.rollback(name_of(found), value, request=caller.request)
 
 
-def _snapshot(composer: Composer, found: Found, value: str, request: RequestId | None) -> None:
-    composer.snapshot(_name(found), value, request=request)
-
-
-def _clone(composer: Composer, found: Found, value: str, request: RequestId | None) -> None:
-    composer.clone(_name(found), value, request=request)
-
-
-def _rollback(composer: Composer, found: Found, value: str, request: RequestId | None) -> None:
-    composer.rollback(_name(found), value, request=request)
-
-
-def _lock(composer: Composer, found: Found, value: str, request: RequestId | None) -> None:
+def _lock(composer: Composer, found: Found, value: str, caller: Caller) -> None:
     if value:
         raise InvalidInput(f"{PREFIX}lock takes no value, not {value!r}; set it to an empty one")
-    composer.lock(_name(found))
+    composer.lock(name_of(found))
 
 
-def _unlock(composer: Composer, found: Found, value: str, request: RequestId | None) -> None:
+def _unlock(composer: Composer, found: Found, value: str, caller: Caller) -> None:
     if value not in ("", "force"):
         raise InvalidInput(f"{PREFIX}unlock takes no value or 'force', not {value!r}")
-    composer.unlock(_name(found), force=value == "force")
+    composer.unlock(name_of(found), force=value == "force")
 
 
 COMMANDS: dict[str, Command] = {
-    "snapshot": _snapshot,
-    "clone": _clone,
+    "snapshot": snapshot,
+    "clone": clone,
     "rollback": _rollback,
     "lock": _lock,
     "unlock": _unlock,
@@ -98,7 +84,7 @@ def get(composer: Composer, found: Found, name: str) -> bytes | None:
     return found.record.xattrs.get(name)
 
 
-def set_(composer: Composer, found: Found, name: str, value: bytes, request: RequestId | None = None) -> None:
+def set_(composer: Composer, found: Found, name: str, value: bytes, caller: Caller) -> None:
     """Carry out a command, or keep a user's attribute.
 
     Raises ``InvalidInput`` for an unknown command, ``NotSupported`` for other than ``user.*``, ``StoreFull`` for too
@@ -113,7 +99,7 @@ def set_(composer: Composer, found: Found, name: str, value: bytes, request: Req
             text = value.decode()
         except UnicodeDecodeError as error:
             raise InvalidInput(f"the value of {name} is not UTF-8: {value[:40]!r}") from error
-        command(composer, found, text, request)
+        command(composer, found, text, caller)
         return
     if not name.startswith(USER_PREFIX):
         raise NotSupported(f"attribute {name} of {found.record.name}: only user.* attributes are kept")
