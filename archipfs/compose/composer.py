@@ -644,7 +644,7 @@ class Composer:
         if not live:
             return
         for found in list(self.volumes()):
-            if found.record.writable and found.record.layer in live:
+            if found.record.writable and found.record.layer in live and not self.is_open(found.record.id):
                 try:
                     with self.using(found) as opened:
                         log.info("recovered", volume=found.record.name, size=opened.size)
