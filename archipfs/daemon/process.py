@@ -160,7 +160,9 @@ class _Life:
         """SIGTERM and SIGINT stop us. So does SIGHUP, unless somebody keeps the mount: then the next daemon gets it."""
         async for number in signals:
             if number == signal.SIGHUP and self._is_kept():
-                await self.mount.hand_over()
+                # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
+                with trio.CancelScope(shield=True):
+                    await self.mount.hand_over()
                 log.info("handed over", pid=os.getpid())
                 os._exit(0)
             log.info("stopping", signal=signal.Signals(number).name)

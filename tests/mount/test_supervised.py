@@ -254,7 +254,7 @@ def test_a_failed_upgrade_leaves_the_old_daemon_serving(
         environment.setenv("PYTHONPATH", str(tmp_path))
         instance.mount()
     broken = tmp_path / "sitecustomize.py"  # what Python imports before everything else
-    broken.write_text("raise SystemExit(7)\n")
+    broken.write_text("import os; os._exit(7)\n")
     pid = instance.daemon_pid()
     said = instance.refused("upgrade")
     assert "exit code 7" in said
