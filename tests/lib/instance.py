@@ -104,7 +104,7 @@ class Instance:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self._environment(),
+            env=self.environment(),
         )
 
     def archip(self, *arguments: str | Path, check: bool = True, seconds: float = COMMAND_SECONDS) -> Completed:
@@ -307,7 +307,8 @@ class Instance:
         while mount_type(self.path) is not None:
             subprocess.run(["umount", "-l", self.path], check=True, capture_output=True, timeout=20)
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """That of the processes that belong to it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ARCHIPFS_")}
         paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**kept, "PYTHONPATH": os.pathsep.join(paths)}

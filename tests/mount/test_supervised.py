@@ -8,7 +8,9 @@ import mmap
 import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -266,3 +268,118 @@ def test_a_failed_upgrade_leaves_the_old_daemon_serving(
 
 def test_upgrade_without_a_mount_says_so(make_instance: MakeInstance) -> None:
     assert "nothing is mounted" in make_instance().refused("upgrade")
+
+
+# Service managers
+
+
+def test_in_the_foreground_the_supervisor_is_the_process_that_was_started(make_instance: MakeInstance) -> None:
+    instance = make_instance()
+    process = instance.start("mount", "--foreground", instance.path)
+    try:
+        wait_until(lambda: mount_type(instance.path) is not None, "it is mounted")
+        wait_until(lambda: instance.daemon_pid() is not None, "the daemon has the node")
+        assert instance.json("status")[0]["supervisor_pid"] == process.pid
+        create(instance.path / "vm1", MIB)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert mount_type(instance.path) is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_in_the_foreground_a_failed_start_is_one_line(make_instance: MakeInstance) -> None:
+    first = make_instance().mount()
+    said = first.refused("mount", "--foreground", first.directory)
+    assert said.startswith("archip: ")
+    assert f"mounted at {first.path}" in said
+
+
+class Manager:
+    """A service manager with a descriptor store, as systemd is one."""
+
+    def __init__(self) -> None:
+        self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.listening.bind("")
+        self.listening.settimeout(30)
+        self.stored: dict[str, int] = {}
+
+    def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """The shell puts the descriptors where they belong, and becomes the command with LISTEN_PID."""
+        redirections = " ".join(f"{3 + index}<&{each}" for index, each in enumerate(self.stored.values()))
+        manager = {"NOTIFY_SOCKET": "@" + self.listening.getsockname()[1:].decode()}
+        if self.stored:
+            manager |= {"LISTEN_FDS": str(len(self.stored)), "LISTEN_FDNAMES": ":".join(self.stored)}
+        script = f'export LISTEN_PID=$$; exec "$@" {redirections}'
+        return subprocess.Popen(
+            ["bash", "-c", script, "bash", *command],
+            env={**environment, **manager},
+            pass_fds=list(self.stored.values()),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def wait_for(self, state: str) -> None:
+        """Until it is said; what is to be stored before that is stored."""
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self.listening, 1024, 4)
+            said = dict(line.partition("=")[::2] for line in message.decode().splitlines())
+            if "FDSTORE" in said:
+                replaced = self.stored.get(said["FDNAME"])
+                self.stored[said["FDNAME"]] = descriptors[0]
+                if replaced is not None:
+                    os.close(replaced)
+            elif "FDSTOREREMOVE" in said:
+                os.close(self.stored.pop(said["FDNAME"]))
+            if state in said:
+                return
+
+    def close(self) -> None:
+        self.listening.close()
+        for descriptor in self.stored.values():
+            os.close(descriptor)
+
+
+HOLDER = """
+exec 5<>"$0"
+printf here >&5
+echo begun
+read -r go_on
+printf more >&5 && head -c 8 "$0"
+"""
+"""Has a file open in a process of its own: a manager that had would wait for the daemon that it is about to start."""
+
+
+def test_systemd_can_play_the_supervisors_part(supervised: Instance) -> None:
+    supervised.umount()
+    manager = Manager()
+    command = [sys.executable, "-m", "archipfs.cli.main", "--root", str(supervised.root)]
+    command += ["mount", "--foreground", "-o", "supervisor=off", str(supervised.path)]
+    processes = [manager.start(command, supervised.environment())]
+    try:
+        manager.wait_for("READY")
+        volume = create(supervised.path / "vm1", MIB)
+        processes.append(
+            holder := subprocess.Popen(["bash", "-c", HOLDER, volume], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"begun\n"
+        processes[0].kill()
+        processes[0].wait(timeout=30)
+        processes.append(second := manager.start(command, supervised.environment()))
+        manager.wait_for("READY")
+        assert holder.communicate(b"go on\n", timeout=30)[0] == b"heremore"
+        second.terminate()
+        manager.wait_for("STOPPING")
+        assert second.wait(timeout=30) == 0
+        manager.listening.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            manager.wait_for("nothing more")
+        assert manager.stored == {}, "nothing is kept of a mount that is gone"
+        assert mount_type(supervised.path) is None
+    finally:
+        manager.close()
+        for process in processes:
+            process.kill()
+            process.wait()
