@@ -28,6 +28,8 @@ from archipfs.types import VolumeId
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
+HANDED_OVER_EXIT_CODE = 75
+"""EX_TEMPFAIL: not the end, also for a service manager that starts again only what failed."""
 SESSION, CONTROL = "session", "control"
 """Names of what the service manager keeps, beside ``DEVICE`` and the node's locks."""
 NOT_RESTARTED = "a killed daemon is not restarted: this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9 has)"
@@ -164,7 +166,7 @@ class _Life:
                 with trio.CancelScope(shield=True):
                     await self.mount.hand_over()
                 log.info("handed over", pid=os.getpid())
-                os._exit(0)
+                os._exit(HANDED_OVER_EXIT_CODE)
             log.info("stopping", signal=signal.Signals(number).name)
             await self.mount.stop()
 
