@@ -48,6 +48,18 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionPaths:
+    """A record is at a version if nothing is at ``following`` and, looked for after that, something at ``present``.
+
+    Both are needed: only for a moment, or after a crash, are old and new version there together; and once the new one
+    is replaced in its turn, neither is.
+    """
+
+    present: str
+    following: str
+
+
+@dataclass(frozen=True, slots=True)
 class Space:
     """Room in the store, in bytes. A driver that cannot know reports zeros."""
 
@@ -189,6 +201,11 @@ class Blocker(ABC):
     @abstractmethod
     def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
         """All records of a kind with their values, in no order."""
+
+    def version_paths(self, key: str, version: int) -> VersionPaths | None:
+        """How to see with two system calls that the record is still at that version; ``None`` where the driver has no
+        such way."""
+        return None
 
     # The whole
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import TypeVar
 
-from archipfs.blockers.contract import Blocker, DataObject, Record, Space, check_range
+from archipfs.blockers.contract import Blocker, DataObject, Record, Space, VersionPaths, check_range
 from archipfs.errors import ArchipError, ObjectMissing, StoreError, StoreUnavailable
 from archipfs.types import SECTOR_BYTES
 
@@ -242,6 +242,9 @@ class FaultBlocker(Blocker):
 
     def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
         yield from self.ask(f"list_records {kind}", lambda: tuple(self._inner.list_records(kind)))
+
+    def version_paths(self, key: str, version: int) -> VersionPaths | None:
+        return self._inner.version_paths(key, version)
 
     # The whole
 

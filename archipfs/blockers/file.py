@@ -23,7 +23,8 @@ Writing over version v
     3. Write the intent, sync it, link it to the name v+1. EEXIST (somebody was faster) or ENOENT (our intent has been
        taken away, see 5): Conflict. **Whose link succeeds has won.**
     4. Sync the directory. The new version is durable.
-    5. List the directory. Remove the intents over versions below ours, *then* the versions below ours, then our intent.
+    5. List the directory. Remove the intents over versions below ours, *then* the versions below ours, lowest first,
+       then our intent.
 
 Deleting version v
     1.-4. As above, with a tombstone. When it is durable, the record is gone for good.
@@ -69,7 +70,12 @@ Why this is right:
 (i) *NFS*: a client that changed a directory lists it afresh afterwards, and all the lists that (a) leans on come after
     a change by the same client. A plain read may see the past for as long as the mount's attribute cache lasts
     (acdirmax); a put on top of that past is a Conflict.
-(j) *Lists are atomic* while they fit into one getdents(2) call, some 400 names: kernels hold the directory's lock for
+(j) *A look without a list* (``version_paths``): nothing is named v+1, and after that something is named v. As versions
+    go lowest first, v+1 was not there yet and gone again; so nobody had replaced v when we began to look. A writer
+    that failed or died within step 5 may leave v beside v+1, so v alone would not do. Over NFS, whoever asks the
+    server for v (statx with AT_STATX_FORCE_SYNC) sees what a plain read sees, or later: v is gone before a put of v+1
+    returns.
+(k) *Lists are atomic* while they fit into one getdents(2) call, some 400 names: kernels hold the directory's lock for
     that long. A record's directory holds one version and an intent for each writer that is at it or died at it.
 """
 
@@ -87,7 +93,16 @@ from typing import NamedTuple
 
 import structlog
 
-from archipfs.blockers.contract import Blocker, DataObject, Record, Space, check_key, check_kind, check_range
+from archipfs.blockers.contract import (
+    Blocker,
+    DataObject,
+    Record,
+    Space,
+    VersionPaths,
+    check_key,
+    check_kind,
+    check_range,
+)
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -599,6 +614,12 @@ class FileBlocker(Blocker):
             _clear(directory)
             _rmdir_if_empty(directory)
 
+    def version_paths(self, key: str, version: int) -> VersionPaths:
+        _, directory = self._record_path(key)
+        names = (f"{number:0{_VERSION_DIGITS}d}" for number in (version, version + 1))
+        present, following = (f"{directory}/{name}" for name in names)
+        return VersionPaths(present, following)
+
     def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
         check_kind(kind)
         directory = f"{self._root}/records/{kind}"
@@ -750,7 +771,7 @@ def _remove_older(directory: str, version: int) -> bool:
     for name in names:
         if name.startswith(_INTENT) and name[len(_INTENT) :] < newest:
             _unlink_if_there(f"{directory}/{name}")
-    older = [name for name in names if _is_version(name) and name < newest]
+    older = sorted(name for name in names if _is_version(name) and name < newest)
     for name in older:
         _unlink_if_there(f"{directory}/{name}")
     return bool(older)

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import structlog
 
-from archipfs.blockers.contract import Blocker, DataObject, Record, Space
+from archipfs.blockers.contract import Blocker, DataObject, Record, Space, VersionPaths
 from archipfs.errors import AlreadyExists, Conflict, StoreUnavailable
 
 log = structlog.get_logger()
@@ -147,6 +147,9 @@ class RetryBlocker(Blocker):
 
     def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
         yield from self._policy.run(lambda _: tuple(self._inner.list_records(kind)))
+
+    def version_paths(self, key: str, version: int) -> VersionPaths | None:
+        return self._inner.version_paths(key, version)
 
     # The whole
 

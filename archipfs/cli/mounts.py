@@ -19,7 +19,7 @@ from archipfs.cli.output import (
     working,
 )
 from archipfs.daemon import lifecycle
-from archipfs.daemon.client import DaemonClient, connect_daemon
+from archipfs.daemon.client import connect_daemon
 from archipfs.errors import InvalidInput
 
 MOUNT_COLUMNS = (
@@ -40,7 +40,7 @@ WITHOUT_EFFECT = frozenset(
 )
 """What fstab and mount(8) hand on and does not concern us, and what is so anyway. So is all that begins with ``x-``."""
 
-KNOWN = "root=DIR, config=FILE, front=on|off, threads=N, allow_other, default_permissions"
+KNOWN = "root=DIR, config=FILE, front=on|off, supervisor=on|off, threads=N, allow_other, default_permissions"
 THREADS_MAX = 64
 
 
@@ -49,6 +49,8 @@ class MountOptions:
     instance: Instance
     """The one that root= or config= names, else that of the command line."""
     front: bool = True
+    supervised: bool = True
+    """Whether somebody starts a daemon again that was killed; only the front can go on with a mount."""
     threads: int | None = None
     """Of the front, that read requests at a time; ``None``: as many as suits the machine."""
 
@@ -56,7 +58,7 @@ class MountOptions:
 def parse_mount_options(instance: Instance, texts: Sequence[str]) -> MountOptions:
     """Raises ``InvalidInput`` for an option that is not known or that cannot be had."""
     places: dict[str, Path] = {}
-    front, threads = True, None
+    front, supervised, threads = True, None, None
     for option in (option.strip() for text in texts for option in text.split(",")):
         key, _, value = option.partition("=")
         if key in ("root", "config"):
@@ -68,6 +70,8 @@ def parse_mount_options(instance: Instance, texts: Sequence[str]) -> MountOption
                 raise InvalidInput("mount option allow_other: only root's mounts are open to others; leave it out")
         elif option in ("front=on", "front=off"):
             front = value == "on"
+        elif option in ("supervisor=on", "supervisor=off"):
+            supervised = value == "on"
         elif key == "threads":
             if not value.isdecimal() or not 1 <= int(value) <= THREADS_MAX:
                 raise InvalidInput(f"mount option threads={value} is not a number from 1 to {THREADS_MAX}")
@@ -76,8 +80,10 @@ def parse_mount_options(instance: Instance, texts: Sequence[str]) -> MountOption
             raise InvalidInput(f"unknown mount option {option!r}; known are {KNOWN}")
     if len(places) > 1:
         raise InvalidInput("mount options root and config exclude each other; give one of them")
+    if supervised and not front:
+        raise InvalidInput("mount option supervisor=on needs the front; leave front=off out")
     named = Instance(places.get("root"), places.get("config")) if places else instance
-    return MountOptions(named, front, threads)
+    return MountOptions(named, front, front if supervised is None else supervised, threads)
 
 
 @click.command("mount")
@@ -93,9 +99,16 @@ def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Seque
     """
     mountpoint = mountpoint.absolute()
     wanted = parse_mount_options(instance, options)
-    lifecycle.mount(
-        wanted.instance.config(), mountpoint, foreground=foreground, front=wanted.front, threads=wanted.threads
+    notes = lifecycle.mount(
+        wanted.instance.config(),
+        mountpoint,
+        foreground=foreground,
+        front=wanted.front,
+        supervised=wanted.supervised,
+        threads=wanted.threads,
     )
+    for note in notes:
+        click.echo(f"archip: {note}", err=True)
     if not foreground:
         report.done(f"mounted at {mountpoint}", {"mountpoint": str(mountpoint)})
 
@@ -114,16 +127,32 @@ def umount(instance: Instance, mountpoint: Path | None, report: Report) -> None:
     report.done(f"unmounted{where}", {"mountpoint": str(mountpoint) if mountpoint is not None else None})
 
 
+@click.command("upgrade")
+@report_options
+@pass_instance
+def upgrade(instance: Instance, report: Report) -> None:
+    """Replace the daemon by one of the installed version.
+
+    The mount stays, and so do open files; requests wait for a moment. If the new daemon fails, the old one stays.
+    """
+    with working("upgrading"):
+        done = lifecycle.upgrade(instance.config())
+    report.done(
+        f"upgraded: daemon {done.old_pid} was replaced by {done.new_pid}, with a pause of {done.pause_ms:.0f} ms",
+        {"old_pid": done.old_pid, "new_pid": done.new_pid, "pause_ms": done.pause_ms},
+    )
+
+
 @click.command("status")
 @view_options(MOUNT_COLUMNS)
 @pass_instance
 def status(instance: Instance, view: View) -> None:
     """Show each mount: daemon, backends, open volumes."""
-    connection = connect_daemon(instance.config())
+    daemon = connect_daemon(instance.config())
     mounts = []
-    if connection is not None:
-        with connection:
-            mounts.append(DaemonClient(connection).call("status"))
+    if daemon is not None:
+        with daemon:
+            mounts.append(daemon.call("status"))
     if mounts or view.as_json or not view.header:
         view.details(mounts)
     else:
@@ -149,4 +178,4 @@ def check(instance: Instance, ctx: click.Context, view: View) -> None:
         ctx.exit(1)
 
 
-COMMANDS = (mount, umount, status, check)
+COMMANDS = (mount, umount, upgrade, status, check)

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from archipfs.blockers.contract import Space
+from archipfs.compose.copy import copy_range
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.volume import EngineUser, OpenVolume
 from archipfs.errors import (
@@ -409,6 +410,18 @@ class Composer:
 
     # Changing
 
+    def copy_range(
+        self, source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int
+    ) -> int:
+        """Copy a range between open volumes, which stay open meanwhile, or within one. Returns how many bytes that
+        were: fewer than ``length`` if the caller has to ask again, 0 at or beyond the end of the source.
+
+        Raises as ``archipfs.compose.copy.copy_range``.
+        """
+        copied = copy_range(source, source_offset, target, target_offset, length)
+        self._reclaim_wanted |= copied.leaves_layer
+        return copied.length
+
     def rename(self, name: str, new_name: str, *, replace: bool = False, request: RequestId | None = None) -> None:
         """``replace``: take the name from whichever volume has it, which is removed, as rename(2) does."""
         while True:
@@ -631,7 +644,7 @@ class Composer:
         if not live:
             return
         for found in list(self.volumes()):
-            if found.record.writable and found.record.layer in live:
+            if found.record.writable and found.record.layer in live and not self.is_open(found.record.id):
                 try:
                     with self.using(found) as opened:
                         log.info("recovered", volume=found.record.name, size=opened.size)

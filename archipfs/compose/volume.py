@@ -6,7 +6,8 @@ Reads, writes and flushes take neither of the two.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
 from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
-from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
+from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
 
 
@@ -55,6 +56,9 @@ class OpenVolume:
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
         self._lease: LockRecord | None = None
+        self._lock_version: int | None = None
+        """At which the lock's record was seen to be as we left it."""
+        self._guard_mutex = threading.Lock()
         self._fenced = False
 
     # Starting and stopping, by the composer, under ``control``
@@ -114,19 +118,14 @@ class OpenVolume:
             try:
                 # Only now is the record ours alone to change.
                 record = self.mapper.catalog.volume(self.id).record
-                chain = [found.record for found in self.mapper.catalog.chain(record.layer)]
-                layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, record.visible)
-                try:
+                with self._open_chain(lease, record.layer, record.visible) as layers:
                     size = max(record.size, _live_size(layers))
                     engine = EngineVolume(layers, size, writable=True)
-                finally:
-                    for layer in layers:
-                        layer.close()
             except BaseException:
                 if not was_ours:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
-            self._record, self._lease = record, lease
+            self._record, self._lease, self._lock_version = record, lease, None
             self._begin(engine)
 
     def stop(self) -> None:
@@ -255,13 +254,20 @@ class OpenVolume:
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
+        with self.reading() as engine:
+            return engine.read(offset, length)
+
+    @contextmanager
+    def reading(self) -> Iterator[EngineVolume]:
+        """The engine to read it by, within the block. Raises ``Fenced`` once our lock was broken."""
         if self._fenced:
             raise self._fenced_error()
         if self._engine is not None:
-            return self._engine.read(offset, length)
+            yield self._engine
+            return
         engine = self._durable_engine(self.mapper.catalog.volume(self.id).record)
         try:
-            return engine.read(offset, length)
+            yield engine
         finally:
             engine.close(clean=False)
 
@@ -338,26 +344,86 @@ class OpenVolume:
         except Fenced:
             raise
         except ArchipError:
-            try:
-                found = self.mapper.catalog.volume(self.id).record
-            except ArchipError:
-                engine.fail()
-                raise
-            if (found.size, found.visible) != (size, visible):
+            if not self._changed_after_all(engine, size=size, visible=visible):
                 engine.announce_size(engine.size)
                 raise
-            self._record = found
+
+    def _change_surely(self, engine: EngineVolume, **fields: object) -> None:
+        """As ``_change``, where engine and record must not part. A store that failed at it is asked whether it happened
+        all the same."""
+        try:
+            self._change(**fields)
+        except Fenced:
+            raise
+        except ArchipError:
+            if not self._changed_after_all(engine, **fields):
+                raise
+
+    def _changed_after_all(self, engine: EngineVolume, **fields: object) -> bool:
+        """Whether the record has these values. If the store does not say, the engine takes no more writes, for nobody
+        knows what they would be written to."""
+        try:
+            found = self.mapper.catalog.volume(self.id).record
+        except ArchipError:
+            engine.fail()
+            raise
+        if any(getattr(found, name) != value for name, value in fields.items()):
+            return False
+        self._record = found
+        self._renew_guard()
+        return True
 
     def replace_layers(self, layer: LayerId, visible: int, *, request: RequestId | None = None) -> None:
         """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
+        with self._paused() as engine:
+            self._go_over(engine, layer, visible, request=request)
+
+    def become_clone(self, layer: LayerId, visible: int, origin: VolumeId) -> bool:
+        """Be what ``layer`` shows of its parent, as a clone of ``origin``. False if this volume is not empty."""
+        with self._paused() as engine:
+            if engine.size != 0:
+                return False
+            self._go_over(engine, layer, visible, kind=Kind.CLONE, origin=origin)
+            return True
+
+    def extend(self, offset: int, end: int) -> bool:
+        """Show more of the parent, which is shown to ``offset``: to ``end``. False if the volume does not end at
+        ``offset``, or the head has something of its own there."""
+        with self._paused() as engine:
+            if not engine.size == engine.parent_visible == offset or not engine.head_is_clear(offset, end):
+                return False
+            self._change_surely(engine, visible=end, size=end, mtime_ns=time.time_ns())
+            self._follow(engine, lambda: engine.extend(end))
+            return True
+
+    def _go_over(self, engine: EngineVolume, layer: LayerId, visible: int, **fields: object) -> None:
+        """While paused: have ``layer`` for a head, with so much of its parent, and be that large."""
+        now_ns = time.time_ns()
+        with self._open_chain(self._owned_lease(), layer, visible) as layers:
+            self._change_surely(
+                engine, layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns, **fields
+            )
+            self._follow(engine, lambda: engine.replace(layers, visible))
+
+    def _follow(self, engine: EngineVolume, action: Callable[[], None]) -> None:
+        """Have the engine do what is committed. If it cannot, it must not go on with what it was before."""
+        try:
+            action()
+        except ArchipError:
+            engine.fail()
+            raise
+
+    @contextmanager
+    def _paused(self) -> Iterator[EngineVolume]:
+        """Requests wait at the gate within the block, and find what it leaves. What came before is durable."""
         with self.control:
-            engine = self.engine
-            now_ns = time.time_ns()
-            self._change(layer=layer, visible=visible, size=visible, mtime_ns=now_ns, ctime_ns=now_ns, request=request)
-            self._end()
-            engine.close(clean=True)
-            self._engine = None
-            self.own()
+            engine, lease = self.engine, self._owned_lease()
+            self._flush(engine, lease)
+            engine.pause()
+            try:
+                yield engine
+            finally:
+                engine.resume()
 
     def verify_lease(self) -> None:
         """Fence ourselves, and raise ``Fenced``, if the lock was broken."""
@@ -374,6 +440,17 @@ class OpenVolume:
             for layer in layers:
                 layer.close()
 
+    @contextmanager
+    def _open_chain(self, lease: LockRecord, head: LayerId, visible: int) -> Iterator[list[EngineLayer]]:
+        """The layers from ``head`` on, to be written. An engine that was given them in the block goes on using them."""
+        chain = [found.record for found in self.mapper.catalog.chain(head)]
+        layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, visible)
+        try:
+            yield layers
+        finally:
+            for layer in layers:
+                layer.close()
+
     def _open_head(self, lease: LockRecord, head: LayerRecord) -> EngineLayer:
         return open_live_layer(self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True)
 
@@ -383,10 +460,24 @@ class OpenVolume:
 
     def _verify(self, engine: EngineVolume, lease: LockRecord) -> None:
         try:
-            self.mapper.locks.verify(lease, called=self.name)
+            self._lock_version = self.mapper.locks.verify(lease, called=self.name)
         except Fenced:
             self._fence(engine)
             raise
+        self._renew_guard()
+
+    def _renew_guard(self) -> None:
+        """Tell the engine what its own flushes go by: the lock as last seen to be ours, and the size as recorded.
+
+        After every change of either; in turns, so that the last one leaves what is true.
+        """
+        with self._guard_mutex:
+            engine, record, version = self._engine, self._record, self._lock_version
+            if engine is None or record is None or version is None:
+                return
+            paths = self.mapper.locks.version_paths(self.id, version)
+            if paths is not None:
+                engine.guard(paths, record.size)
 
     def _fenced_error(self) -> Fenced:
         return Fenced(f"the lock of {self.name} was broken by another node; close it and open it again")
@@ -434,6 +525,7 @@ class OpenVolume:
             if self._engine is not None:
                 self._fence(self._engine)
             raise
+        self._renew_guard()
 
 
 def _live_size(layers: list[EngineLayer]) -> int:

@@ -3,8 +3,10 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any, Protocol
 
 from archipfs import errors
@@ -23,24 +25,59 @@ class Client(Protocol):
 
 
 class DaemonClient:
-    """Commands by way of the control socket, one after the other."""
+    """Commands by way of the control socket, one after the other. A context manager: hangs up behind it.
 
-    def __init__(self, connection: socket.socket) -> None:
+    If the daemon goes away during a command, the next one is asked the same once more: a supervisor may be starting it.
+    """
+
+    def __init__(self, config: Config, connection: socket.socket) -> None:
+        self._config = config
+        self._begin(connection)
+
+    def _begin(self, connection: socket.socket) -> None:
+        self._connection = connection
         self._stream = connection.makefile("rw", encoding="utf-8", newline="\n")
 
+    def __enter__(self) -> "DaemonClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be sent any more was reported by the call that sent it
+            self._stream.close()
+        self._connection.close()
+
     def call(self, command: str, **arguments: Any) -> Any:
-        try:
-            self._stream.write(json.dumps({"command": command, "arguments": arguments}) + "\n")
-            self._stream.flush()
-            line = self._stream.readline()
-        except OSError as error:
-            raise DaemonError(f"the daemon hung up during {command}: {error.strerror}; see its log") from error
+        request = {"command": command, "arguments": arguments, "id": uuid.uuid4().hex, "again": False}
+        line = self._ask(request) or self._ask_again(request)
         if not line:
             raise DaemonError(f"the daemon hung up during {command}; see its log, and `archip status`")
         reply = json.loads(line)
         if "error" in reply:
             raise _error_of(reply["error"])
         return reply["answer"]
+
+    def _ask(self, request: Mapping[str, Any]) -> str:
+        """The reply; empty if the daemon went away instead."""
+        try:
+            self._stream.write(json.dumps(request) + "\n")
+            self._stream.flush()
+            reply = self._stream.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            return ""
+        return reply if reply.endswith("\n") else ""
+
+    def _ask_again(self, request: Mapping[str, Any]) -> str:
+        self.close()
+        connection = _connect(self._config)
+        if connection is None:
+            return ""
+        self._begin(connection)
+        return self._ask({**request, "again": True})
 
 
 class _NodeClient:
@@ -57,10 +94,10 @@ def connect(config: Config, *, make_default_backend: bool = False) -> Iterator[C
 
     ``make_default_backend``: where no backend is configured, make the default one first, as a mount does.
     """
-    connection = connect_daemon(config)
-    if connection is not None:
-        with connection:
-            yield DaemonClient(connection)
+    daemon = connect_daemon(config)
+    if daemon is not None:
+        with daemon:
+            yield daemon
         return
     if not config.backends and not make_default_backend:
         raise no_backend(config)
@@ -71,8 +108,13 @@ def connect(config: Config, *, make_default_backend: bool = False) -> Iterator[C
             yield _NodeClient(node)
 
 
-def connect_daemon(config: Config) -> socket.socket | None:
-    """A connection to the running daemon's control socket, ``None`` if there is no daemon."""
+def connect_daemon(config: Config) -> DaemonClient | None:
+    """The running daemon, ``None`` if there is none. One that is just being started again is waited for."""
+    connection = _connect(config)
+    return DaemonClient(config, connection) if connection is not None else None
+
+
+def _connect(config: Config) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(str(config.run_dir / SOCKET_NAME))

@@ -5,28 +5,41 @@ Arguments and answers are plain values that JSON can carry. Sizes are integer by
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from archipfs.compose.composer import Made
 from archipfs.compose.describe import describe, describe_lock, summary
 from archipfs.daemon.node import Node
-from archipfs.errors import DaemonError
+from archipfs.errors import DaemonError, NotFound
 from archipfs.map.check import check_backend
 from archipfs.map.mapper import Attributes, Mapper
+from archipfs.types import RequestId
 
 Answer = Mapping[str, Any]
 
 
-def call(node: Node, command: str, arguments: Mapping[str, Any]) -> Any:
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How a command came, for those that must not be done twice."""
+
+    request: RequestId | None = None
+    """The same when it comes again; ``None`` if it never does."""
+    again: bool = False
+    """It was sent before, and may have been done."""
+
+
+def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Sent()) -> Any:
     """Carry out ``command``. Raises whatever it raises, and ``DaemonError`` for one that another version sent."""
     function = COMMANDS.get(command)
     if function is None:
         raise DaemonError(f"the daemon does not know {command}; it is of another version, mount again")
+    context = (node, sent) if command in NOT_TWICE else (node,)
     try:
-        inspect.signature(function).bind(node, **arguments)
+        inspect.signature(function).bind(*context, **arguments)
     except TypeError as error:
         raise DaemonError(f"the daemon does not understand {command} ({error}); mount again") from error
-    return function(node, **arguments)
+    return function(*context, **arguments)
 
 
 # Volumes
@@ -44,22 +57,30 @@ def volume_info(node: Node, name: str) -> Answer:
 
 
 def volume_create(
-    node: Node, name: str, size: int, backend: str | None = None, mode: int = 0o600, uid: int = 0, gid: int = 0
+    node: Node,
+    sent: Sent,
+    name: str,
+    size: int,
+    backend: str | None = None,
+    mode: int = 0o600,
+    uid: int = 0,
+    gid: int = 0,
 ) -> Answer:
     node.composer.mapper(backend).check_fits(size)
-    return _made(node.composer.create(name, size, backend=backend, attributes=Attributes(mode, uid, gid)))
+    attributes = Attributes(mode, uid, gid)
+    return _made(node.composer.create(name, size, backend=backend, attributes=attributes, request=sent.request))
 
 
-def volume_snapshot(node: Node, name: str, snapshot: str, size: int | None = None) -> Answer:
-    return _made(node.composer.snapshot(name, snapshot, size=size))
+def volume_snapshot(node: Node, sent: Sent, name: str, snapshot: str, size: int | None = None) -> Answer:
+    return _made(node.composer.snapshot(name, snapshot, size=size, request=sent.request))
 
 
-def volume_clone(node: Node, name: str, clone: str, size: int | None = None) -> Answer:
-    return _made(node.composer.clone(name, clone, size=size))
+def volume_clone(node: Node, sent: Sent, name: str, clone: str, size: int | None = None) -> Answer:
+    return _made(node.composer.clone(name, clone, size=size, request=sent.request))
 
 
-def volume_rename(node: Node, name: str, new_name: str) -> Answer:
-    node.composer.rename(name, new_name)
+def volume_rename(node: Node, sent: Sent, name: str, new_name: str) -> Answer:
+    node.composer.rename(name, new_name, request=sent.request)
     return {"name": new_name}
 
 
@@ -69,14 +90,18 @@ def volume_resize(node: Node, name: str, size: int) -> Answer:
     return {"name": name, "size": record.size}
 
 
-def volume_rollback(node: Node, name: str, snapshot: str) -> Answer:
-    done = node.composer.rollback(name, snapshot)
+def volume_rollback(node: Node, sent: Sent, name: str, snapshot: str) -> Answer:
+    done = node.composer.rollback(name, snapshot, request=sent.request)
     node.changed(done.record.id)
     return {"name": name, "snapshot": snapshot, "kept": done.kept.name, "size": done.record.size}
 
 
-def volume_remove(node: Node, name: str) -> Answer:
-    node.composer.remove(name)
+def volume_remove(node: Node, sent: Sent, name: str) -> Answer:
+    try:
+        node.composer.remove(name)
+    except NotFound:
+        if not sent.again:
+            raise
     return {"name": name}
 
 
@@ -179,3 +204,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "check": check,
     "status": status,
 }
+
+NOT_TWICE = frozenset(
+    {"volume-create", "volume-snapshot", "volume-clone", "volume-rename", "volume-rollback", "volume-remove"}
+)
+"""Their functions are told how the command came. All others may be carried out again: they say what shall be so."""

@@ -1,9 +1,13 @@
 """The control socket: one JSON object a line, a request and its answer in turn.
 
-    {"command": "volume-info", "arguments": {"name": "vm1"}}
+    {"command": "volume-info", "arguments": {"name": "vm1"}, "id": "5d41…", "again": false}
     {"answer": {…}}    or    {"error": {"type": "NotFound", "message": "…"}}
 
-It lies in the run directory, which only the node's user can enter. Several clients at once are served side by side.
+A client whose connection broke sends its request once more, with the same ``id`` and ``again`` true: it may have been
+carried out. Both may be left out by who does not do that.
+
+The socket lies in the run directory, which only the node's user can enter. Several clients at once are served side by
+side. A supervisor keeps it while no daemon is there: who connects meanwhile waits.
 """
 
 import json
@@ -15,25 +19,32 @@ from typing import Any
 import structlog
 import trio
 
-from archipfs.daemon.commands import call
+from archipfs.daemon.commands import Sent, call
 from archipfs.daemon.node import Node
 from archipfs.errors import ArchipError
+from archipfs.types import RequestId
 
 log = structlog.get_logger()
 
 SOCKET_NAME = "control.sock"
+BACKLOG = 128
 REQUEST_BYTES_MAX = 1 << 20
 THREADS_MAX = 32
 
 
-async def listen(run_dir: Path) -> trio.SocketListener:
-    """The listening socket. Whatever an earlier process left of it is replaced: the caller is the only one here."""
+async def listen(run_dir: Path, inherited: int | None = None) -> trio.SocketListener:
+    """The listening socket: the one that was ``inherited``, which is ours then, or a new one.
+
+    Whatever an earlier process left of it is replaced: the caller is the only one here.
+    """
+    if inherited is not None:
+        return trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=inherited)))
     path = run_dir / SOCKET_NAME
     path.unlink(missing_ok=True)
     listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     await listener.bind(str(path))
     os.chmod(path, 0o600)
-    listener.listen(64)
+    listener.listen(BACKLOG)
     return trio.SocketListener(listener)
 
 
@@ -79,6 +90,8 @@ def _carry_out(node: Node, line: bytes) -> Any:
     try:
         request = json.loads(line)
         command, arguments = str(request["command"]), dict(request["arguments"])
+        ident, again = request.get("id"), bool(request.get("again", False))
     except (ValueError, KeyError, TypeError) as error:
         raise ArchipError(f"not a request: {line[:80]!r}; send one JSON object with command and arguments") from error
-    return call(node, command, arguments)
+    sent = Sent(RequestId(f"command:{ident}") if ident is not None else None, again)
+    return call(node, command, arguments, sent)

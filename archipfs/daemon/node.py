@@ -1,7 +1,8 @@
 """A node: the configuration brought to life, with its backends, its identity and its exclusive use of both.
 
-One process at a time is the node: the daemon, or a command that found none. It holds a lock on a file in the run
-directory, which the kernel drops when the process dies, however it dies.
+One process at a time is the node: the daemon, or a command that found none. It holds locks on two files, in the run
+directory and in the state directory. The kernel drops them when the process dies, however it dies; unless a supervisor
+keeps the open files, for the next daemon.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from archipfs.blockers.contract import Blocker
@@ -28,6 +30,7 @@ from archipfs.map.locks import Node as NodeIdentity
 from archipfs.map.mapper import Mapper, create_store
 from archipfs.map.names import check_name
 
+RUN_LOCK, STATE_LOCK = "run-lock", "state-lock"
 LOCK_WAIT_SECONDS = 5.0
 """How long a command waits for another command to finish."""
 
@@ -52,21 +55,24 @@ def exclusive(
     holder: Mapping[str, Any],
     wait_seconds: float = LOCK_WAIT_SECONDS,
     wait_for_daemon: bool = False,
-) -> Iterator[None]:
-    """Be the only process of this node. ``holder`` describes us to those who come second.
+    inherited: Mapping[str, int] = MappingProxyType({}),
+) -> Iterator[Mapping[str, int]]:
+    """Be the only process of this node; the open lock files, by the names under which a supervisor may keep them.
+
+    ``holder`` describes us to those who come second. ``inherited`` are lock files that were kept so from an earlier
+    daemon, whose place we take: a lock belongs to the open file. They are ours to close.
 
     Raises ``Busy``, naming the process that is the node: at once if that is a daemon, unless we are to wait for it.
     """
     make_directory(config.run_dir)
     make_directory(config.state_dir)
     # What a boot does not outlive lies in the one, the identity in the other: both are ours, or neither is.
-    paths = [config.run_dir / "node.lock", config.state_dir / "node.lock"]
-    with _lock_file(paths[0]) as ours, _lock_file(paths[1]) as identity:
+    paths = {RUN_LOCK: config.run_dir / "node.lock", STATE_LOCK: config.state_dir / "node.lock"}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_lock_file(path, inherited.get(name))) for name, path in paths.items()}
         deadline = time.monotonic() + wait_seconds
         while True:
-            taken = next(
-                (path for path, file in zip(paths, (ours, identity), strict=True) if not _try_lock(file)), None
-            )
+            taken = next((path for name, path in paths.items() if not _try_lock(files[name])), None)
             if taken is None:
                 break
             other = _read_holder(taken)
@@ -77,19 +83,28 @@ def exclusive(
                     "unmount it or wait until it is done"
                 )
             time.sleep(0.05)
-        for file in (ours, identity):
+        for file in files.values():
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(holder).encode(), 0)
-        yield
+        yield files
 
 
 @contextmanager
-def _lock_file(path: Path) -> Iterator[int]:
+def _lock_file(path: Path, inherited: int | None) -> Iterator[int]:
+    """``inherited`` if that is the file at ``path``, which somebody may have deleted meanwhile."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if inherited is not None:
+        kept, other = (inherited, descriptor) if _same_file(inherited, descriptor) else (descriptor, inherited)
+        os.close(other)
+        descriptor = kept
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _same_file(one: int, other: int) -> bool:
+    return os.path.samestat(os.fstat(one), os.fstat(other))
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -109,8 +124,11 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_node(config: Config) -> Iterator[Node]:
-    """Bring the node to life and recover from whatever happened before. Call it inside ``exclusive``."""
+def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
+    """Bring the node to life and recover from whatever happened before. Call it inside ``exclusive``.
+
+    Without ``recover`` that is left to the caller: it takes a while, and may be done beside everything else.
+    """
     if not config.backends:
         raise no_backend(config)
     make_directory(config.state_dir)
@@ -125,7 +143,8 @@ def open_node(config: Config) -> Iterator[Node]:
             mappers[backend.name] = mapper
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), default)
-        composer.recover()
+        if recover:
+            composer.recover()
         yield Node(config, identity, composer, dict, lambda volume: None)
         composer.close_all()
         composer.reclaim()

@@ -1,10 +1,15 @@
-"""The daemon's life: be the node, mount, serve until unmounted or told to stop, flush, give the locks back."""
+"""The daemon's life: be the node, mount, serve until unmounted or told to stop, flush, give the locks back.
+
+Where a service manager keeps descriptors for us, a daemon's death is not the end of the mount: the next daemon inherits
+them and goes on (docs/architecture.md, "A killed daemon").
+"""
 
 import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,83 +19,184 @@ import trio
 from archipfs.config import Config
 from archipfs.daemon import control
 from archipfs.daemon.node import Node, create_default_backend, exclusive, open_node
-from archipfs.daemon.sd_notify import notify
+from archipfs.daemon.sd_notify import forget, notify, store
+from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
 from archipfs.endpoints.fuse.inodes import inode_of
-from archipfs.endpoints.fuse.mount import Mount
+from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
+SESSION, CONTROL = "session", "control"
+"""Names of what the service manager keeps, beside ``DEVICE`` and the node's locks."""
+NOT_RESTARTED = "a killed daemon is not restarted: this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9 has)"
 
 
-def serve(config: Config, mountpoint: Path, *, front: bool, threads: int | None, ready: Callable[[], None]) -> None:
-    """Mount at ``mountpoint`` and serve it; ``ready`` is called once it can be used.
+def goes_on(inherited: Mapping[str, int]) -> bool:
+    """Whether we go on with the mount of an earlier daemon."""
+    return DEVICE in inherited and SESSION in inherited
 
-    With the native ``front`` or without; ``threads`` as ``Mount`` has it. Returns when it was unmounted, or
-    stopped by SIGTERM or SIGINT; everything is flushed by then.
+
+def wait_to_go_on(inherited: Mapping[str, int]) -> int | None:
+    """Wait until the daemon before us has ended; since when nobody serves, on the monotonic clock in nanoseconds.
+
+    ``None`` where no supervisor says it. Raises ``SystemExit`` if it does not want us to go on.
+    """
+    if GO not in inherited:
+        return None
+    notify("X_STANDBY=1")
+    with open(inherited[GO], encoding="ascii") as pipe:
+        since_ns = pipe.read()
+    if not since_ns:
+        raise SystemExit(1)
+    return int(since_ns)
+
+
+def serve(
+    config: Config,
+    mountpoint: Path,
+    *,
+    front: bool,
+    threads: int | None,
+    ready: Callable[[Sequence[str]], None],
+    inherited: Mapping[str, int],
+    since_ns: int | None = None,
+) -> None:
+    """Mount at ``mountpoint`` and serve it; ``ready`` is called once it can be used, with what its user should know.
+
+    With the native ``front`` or without; ``threads`` as ``Mount`` has it. ``inherited`` is what the service manager
+    kept of an earlier daemon, ``since_ns`` since when nobody serves. Returns when it was unmounted, or stopped by
+    SIGTERM or SIGINT; everything is flushed by then. Does not return when it hands over to another daemon.
     """
     _allow_many_files()
-    with exclusive(config, holder={"pid": os.getpid(), "mountpoint": str(mountpoint)}):
+    kept = Kept(inherited[DEVICE], inherited[SESSION]) if goes_on(inherited) else None
+    with exclusive(config, holder={"pid": os.getpid(), "mountpoint": str(mountpoint)}, inherited=inherited) as locks:
         if not config.backends:
             config = create_default_backend(config)
-        with open_node(config) as node:
-            trio.run(_serve, node, Mount(node.composer, mountpoint, front=front, threads=threads), ready)
+        with open_node(config, recover=kept is None) as node:
+            mount = Mount(node.composer, mountpoint, front=front, threads=threads, kept=kept)
+            life = _Life(node, mount, ready, locks, inherited.get(CONTROL), since_ns, went_on=kept is not None)
+            trio.run(life.live)
             notify("STOPPING=1")
+            for name in life.left_with_manager:
+                forget(name)
     log.info("ended", mountpoint=str(mountpoint))
 
 
-async def _serve(node: Node, mount: Mount, ready: Callable[[], None]) -> None:
-    started = time.monotonic()
-    mountpoint = mount.mountpoint
-    with mount:
+@dataclass
+class _Life:
+    """From mounting to unmounting, on the trio thread."""
 
-        def status() -> Mapping[str, Any]:
-            return {
-                "mountpoint": str(mountpoint),
-                "daemon_pid": os.getpid(),
-                "supervisor_pid": None,
-                "front": "on" if mount.front is not None else "off",
-                "backends": list(node.config.backends),
-                "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
-                "uptime": time.monotonic() - started,
-            }
+    node: Node
+    mount: Mount
+    ready: Callable[[Sequence[str]], None]
+    locks: Mapping[str, int]
+    control: int | None
+    """The listening socket of the daemon before us."""
+    since_ns: int | None
+    went_on: bool
+    left_with_manager: Sequence[str] = ()
+    """The names of what the next daemon finds."""
+    pause_ms: float | None = None
 
-        token = trio.lowlevel.current_trio_token()
+    async def live(self) -> None:
+        started = time.monotonic()
+        node, mount = self.node, self.mount
+        with mount, trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
 
-        def changed(volume: str) -> None:
-            trio.from_thread.run(mount.operations.invalidate, inode_of(VolumeId(volume)), trio_token=token)
+            def status() -> Mapping[str, Any]:
+                return {
+                    "mountpoint": str(mount.mountpoint),
+                    "daemon_pid": os.getpid(),
+                    "supervisor_pid": supervisor_pid(),
+                    "front": "on" if mount.front is not None else "off",
+                    "backends": list(node.config.backends),
+                    "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
+                    "uptime": time.monotonic() - started,
+                    "pause_ms": self.pause_ms,
+                }
 
-        node.status, node.changed = status, changed
-        listener = await control.listen(node.config.run_dir)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(control.serve, node, listener)
-            nursery.start_soon(_stop_on_signal, mount)
-            nursery.start_soon(_reclaim_space, node)
-            nursery.start_soon(_watch_locks, node, mount)
-            log.info("mounted", mountpoint=str(mountpoint), pid=os.getpid(), backends=list(node.config.backends))
-            ready()
-            notify(f"READY=1\nSTATUS=mounted at {mountpoint}")
-            await mount.serve()
-            nursery.cancel_scope.cancel()
+            token = trio.lowlevel.current_trio_token()
 
+            def changed(volume: str) -> None:
+                trio.from_thread.run(mount.operations.invalidate, inode_of(VolumeId(volume)), trio_token=token)
 
-async def _stop_on_signal(mount: Mount) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            node.status, node.changed = status, changed
+            listener = await control.listen(node.config.run_dir, self.control)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(control.serve, node, listener)
+                nursery.start_soon(self._heed, signals)
+                nursery.start_soon(self._serve, nursery.cancel_scope)
+                await mount.initialised()
+                await self._is_ready(listener.socket.fileno())
+                nursery.start_soon(_reclaim_space, node, self.went_on)
+                nursery.start_soon(_watch_locks, node, mount)
+
+    async def _serve(self, life: trio.CancelScope) -> None:
+        await self.mount.serve()
+        life.cancel()
+
+    async def _is_ready(self, control_fd: int) -> None:
+        notes = []
+        kept = self.mount.kept
+        if kept is not None:
+            keep = {DEVICE: kept.device, SESSION: kept.session, CONTROL: control_fd, **self.locks}
+            if await trio.to_thread.run_sync(_leave_with_manager, keep):
+                self.left_with_manager = tuple(keep)
+        elif self.mount.front is not None and supervisor_pid() is not None:
+            notes.append(NOT_RESTARTED)
+            log.warning(NOT_RESTARTED)
+        if self.since_ns is not None:
+            self.pause_ms = round((time.monotonic_ns() - self.since_ns) / 1e6, 1)
+        event = "went on" if self.went_on else "mounted"
+        pause = {"pause_ms": self.pause_ms} if self.pause_ms is not None else {}
+        mountpoint = str(self.mount.mountpoint)
+        log.info(event, mountpoint=mountpoint, pid=os.getpid(), backends=list(self.node.config.backends), **pause)
+        self.ready(notes)
+        await trio.to_thread.run_sync(notify, f"READY=1\nSTATUS=mounted at {mountpoint}")
+
+    async def _heed(self, signals: AsyncIterator[int]) -> None:
+        """SIGTERM and SIGINT stop us. So does SIGHUP, unless somebody keeps the mount: then the next daemon gets it."""
         async for number in signals:
+            if number == signal.SIGHUP and self._is_kept():
+                await self.mount.hand_over()
+                log.info("handed over", pid=os.getpid())
+                os._exit(0)
             log.info("stopping", signal=signal.Signals(number).name)
-            await mount.stop()
+            await self.mount.stop()
+
+    def _is_kept(self) -> bool:
+        alone = SUPERVISOR_PID in os.environ and supervisor_pid() is None
+        return bool(self.left_with_manager) and not alone
 
 
-async def _reclaim_space(node: Node) -> None:
-    """Every now and then delete what removed volumes have left."""
+def supervisor_pid() -> int | None:
+    """The supervisor that started us; ``None`` if there is none, or it is gone."""
+    parent = os.getppid()
+    return parent if os.environ.get(SUPERVISOR_PID) == str(parent) else None
+
+
+def _leave_with_manager(descriptors: Mapping[str, int]) -> bool:
+    """Whether the service manager was given all of them."""
+    return all(store(name, descriptor) for name, descriptor in descriptors.items())
+
+
+async def _reclaim_space(node: Node, recover: bool) -> None:
+    """Every now and then delete what removed volumes have left; before that, ``recover`` if nobody has yet."""
     threads = trio.CapacityLimiter(1)
+
+    async def run(chore: Callable[[], object]) -> None:
+        try:
+            await trio.to_thread.run_sync(chore, limiter=threads)
+        except Exception:
+            log.exception("bug", chore=chore.__name__)
+
+    if recover:
+        await run(node.composer.recover)
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
-        try:
-            await trio.to_thread.run_sync(node.composer.reclaim, limiter=threads)
-        except Exception:
-            log.exception("bug", chore="reclaim")
+        await run(node.composer.reclaim)
 
 
 async def _watch_locks(node: Node, mount: Mount) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-from archipfs.blockers.contract import Blocker
+from archipfs.blockers.contract import Blocker, VersionPaths
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map.names import name_ident
 from archipfs.map.records import (
@@ -77,6 +77,9 @@ class Catalog:
         """What there is of a kind, readable or not."""
         for key, _ in self._blocker.list_records(KIND_NAMES[kind]):
             yield key.partition("/")[2]
+
+    def version_paths(self, kind: type[R], ident: str, version: int) -> VersionPaths | None:
+        return self._blocker.version_paths(f"{KIND_NAMES[kind]}/{ident}", version)
 
     # By kind
 

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from archipfs.blockers.contract import VersionPaths
 from archipfs.errors import Conflict, Fenced, LockHeld
 from archipfs.map.catalog import Catalog, Versioned
 from archipfs.map.records import Hold, LockRecord
@@ -92,11 +93,19 @@ class Locks:
             if self._replace(found, broken):
                 return
 
-    def verify(self, lease: LockRecord, *, called: str) -> None:
-        """Raises ``Fenced`` if the lock is no longer the one that ``lease`` was got for."""
-        current = self.get(lease.volume)
-        if current is None or current.node != lease.node or current.generation != lease.generation:
+    def verify(self, lease: LockRecord, *, called: str) -> int:
+        """Raises ``Fenced`` if the lock is no longer the one that ``lease`` was got for.
+
+        Returns the version of its record: as long as it is at that, there is nothing new to be found here.
+        """
+        found = self._catalog.lock(lease.volume)
+        if found is None or (found.record.node, found.record.generation) != (lease.node, lease.generation):
             raise Fenced(f"the lock of {called} was broken by another node; this one writes to it no more")
+        return found.version
+
+    def version_paths(self, volume: VolumeId, version: int) -> VersionPaths | None:
+        """How C code sees that the lock's record is still at ``version``."""
+        return self._catalog.version_paths(LockRecord, volume, version)
 
     def forget(self, volume: VolumeId) -> None:
         """Remove the lock's record, after the volume's."""

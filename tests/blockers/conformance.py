@@ -3,6 +3,7 @@
 A driver's test module subclasses :class:`Conformance` and gives the fixture ``store``.
 """
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from archipfs.blockers.contract import KEY_BYTES_MAX, Blocker
+from archipfs.blockers.contract import KEY_BYTES_MAX, Blocker, VersionPaths
 from archipfs.errors import AlreadyExists, Conflict, InvalidInput, ObjectMissing, StoreError, TooLarge
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 
@@ -90,6 +91,11 @@ def run_threads(actions: list[Callable[[], None]]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def stands(paths: VersionPaths) -> bool:
+    """Whether the record is still at that version, as C code sees it."""
+    return not os.path.exists(paths.following) and os.path.exists(paths.present)
 
 
 class Conformance:
@@ -456,6 +462,33 @@ class Conformance:
             with pytest.raises(Conflict):
                 blocker.delete_record("volume/a", expected)
         assert blocker.get_record("volume/a") == before
+
+    def test_version_paths_tell_of_every_change(self, blocker: Blocker, store: Store) -> None:
+        first = blocker.put_record("lock/a", b"1", None)
+        paths = blocker.version_paths("lock/a", first)
+        if paths is None:
+            return  # a driver without files
+        assert stands(paths)
+        other = store.open()
+        second = other.put_record("lock/a", b"2", first)
+        assert not stands(paths)
+        later = blocker.version_paths("lock/a", second)
+        assert later is not None
+        assert stands(later)
+        other.put_record("lock/a", b"3", second)
+        assert not stands(paths)
+        assert not stands(later)
+
+    def test_version_paths_tell_of_a_delete_and_a_new_life(self, blocker: Blocker, store: Store) -> None:
+        version = blocker.put_record("lock/a", b"1", None)
+        paths = blocker.version_paths("lock/a", version)
+        if paths is None:
+            return
+        other = store.open()
+        other.delete_record("lock/a", version)
+        assert not stands(paths)
+        other.put_record("lock/a", b"1", None)
+        assert not stands(paths)
 
     def test_delete_record(self, blocker: Blocker, store: Store) -> None:
         blocker.delete_record("volume/a", 1)

@@ -28,7 +28,7 @@ from archipfs.errors import (
     StoreUnavailable,
     TooLarge,
 )
-from tests.blockers.conformance import Conformance, History, Store, check_churn, churn
+from tests.blockers.conformance import Conformance, History, Store, check_churn, churn, stands
 
 CHANGES = ("open", "write", "fsync", "link", "rename", "unlink", "rmdir", "mkdir")
 """The system calls between which a crash makes a difference; ``open`` also where it only reads."""
@@ -79,6 +79,18 @@ class TestFile(Conformance):
     def store(self, tmp_path: Path) -> Store:
         FileBlocker.create(tmp_path / "store").close()
         return Store(lambda: FileBlocker(tmp_path / "store"))
+
+
+def test_version_paths_tell_of_a_change_whose_writer_died_before_it_cleaned_up(tmp_path: Path) -> None:
+    blocker = FileBlocker.create(tmp_path)
+    version = blocker.put_record("lock/a", b"1", None)
+    paths = blocker.version_paths("lock/a", version)
+    os.link(paths.present, paths.following)
+    assert not stands(paths)
+    newest = blocker.get_record("lock/a")
+    assert newest is not None
+    blocker.put_record("lock/a", b"3", newest.version)
+    assert not stands(paths)
 
 
 # Making and opening

@@ -10,6 +10,7 @@ import pytest
 from archipfs.cli.instance import Instance
 from archipfs.cli.mounts import MountOptions, parse_mount_options
 from archipfs.config import Config
+from archipfs.daemon.lifecycle import Upgraded
 from archipfs.errors import InvalidInput
 from tests.cli.conftest import Cli
 
@@ -19,8 +20,9 @@ def mounted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path, bool]]:
     """What was asked to be mounted; nothing is."""
     asked: list[tuple[Config, Path, bool]] = []
 
-    def mount(config: Config, mountpoint: Path, *, foreground: bool, front: bool, threads: int | None) -> None:
+    def mount(config: Config, mountpoint: Path, *, foreground: bool, **options: object) -> tuple[str, ...]:
         asked.append((config, mountpoint, foreground))
+        return ()
 
     monkeypatch.setattr("archipfs.daemon.lifecycle.mount", mount)
     return asked
@@ -44,6 +46,12 @@ def test_mount_as_fstab_spells_it(archip: Cli, root: Path, mounted: list[Any]) -
     assert mounted[0][0].run_dir == root / "run"
 
 
+def test_what_a_mount_lacks_is_said_beside_its_answer(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archipfs.daemon.lifecycle.mount", lambda *arguments, **options: ["this kernel is old"])
+    mounted = cli("mount", "/mnt/a")
+    assert (mounted.code, mounted.out, mounted.err) == (0, "mounted at /mnt/a\n", "archip: this kernel is old\n")
+
+
 @pytest.mark.parametrize(
     ("options", "mention"),
     [
@@ -52,6 +60,8 @@ def test_mount_as_fstab_spells_it(archip: Cli, root: Path, mounted: list[Any]) -
         ("threads=0", "threads=0"),
         ("threads=many", "1 to 64"),
         ("front=maybe", "'front=maybe'"),
+        ("supervisor=yes", "'supervisor=yes'"),
+        ("front=off,supervisor=on", "needs the front"),
         ("root=", "root has no value"),
         ("config", "config has no value"),
         ("root=/a,config=/b", "exclude each other"),
@@ -65,9 +75,12 @@ def test_wrong_option(cli: Cli, mounted: list[Any], options: str, mention: str) 
 
 def test_options() -> None:
     here = Instance(Path("/here"))
-    assert parse_mount_options(here, []) == MountOptions(here, front=True, threads=None)
-    assert parse_mount_options(here, ["rw,,front=off, default_permissions", ""]) == MountOptions(here, front=False)
+    assert parse_mount_options(here, []) == MountOptions(here, front=True, supervised=True, threads=None)
+    assert parse_mount_options(here, ["rw,,front=off, default_permissions", ""]) == MountOptions(
+        here, front=False, supervised=False
+    )
     assert parse_mount_options(here, ["front=off", "front=on,threads=3"]) == MountOptions(here, front=True, threads=3)
+    assert parse_mount_options(here, ["supervisor=off"]) == MountOptions(here, front=True, supervised=False)
     assert parse_mount_options(here, ["root=/there"]) == MountOptions(Instance(Path("/there")))
     assert parse_mount_options(here, ["config=/a=b"]) == MountOptions(Instance(None, Path("/a=b")))
 
@@ -118,17 +131,14 @@ def test_status_of_a_mount(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         "backends": ["default", "fast"],
         "open_volumes": [],
         "uptime": 3723.4,
+        "pause_ms": None,
     }
 
     class Daemon:
-        def __init__(self, connection: object) -> None:
-            pass
-
         def call(self, command: str) -> Any:
             return {"status": mount}[command]
 
-    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: nullcontext())
-    monkeypatch.setattr("archipfs.cli.mounts.DaemonClient", Daemon)
+    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: nullcontext(Daemon()))
     assert cli("status").lines == [
         "mountpoint      /mnt/a",
         "daemon_pid      17",
@@ -140,3 +150,10 @@ def test_status_of_a_mount(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert cli("status", "-Hp", "-o", "daemon_pid,uptime").out == "17\t3723\n"
     assert cli("status", "--format", "json").json == [mount]
+
+
+def test_upgrade(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("upgrade").failed(1, "nothing is mounted")
+    monkeypatch.setattr("archipfs.daemon.lifecycle.upgrade", lambda config: Upgraded(17, 18, 87.4))
+    assert cli("upgrade").out == "upgraded: daemon 17 was replaced by 18, with a pause of 87 ms\n"
+    assert cli("upgrade", "--format", "json").json == {"old_pid": 17, "new_pid": 18, "pause_ms": 87.4}

@@ -9,7 +9,7 @@ import trio
 
 from archipfs.config import load_config
 from archipfs.daemon import control
-from archipfs.daemon.client import DaemonClient, connect_daemon
+from archipfs.daemon.client import connect_daemon
 from archipfs.daemon.node import create_default_backend, open_node
 from archipfs.errors import NotFound
 
@@ -33,10 +33,9 @@ def serve_while(root: Path, talk: Callable[[], Awaitable[None]]) -> None:
 
 def test_a_command_and_its_error_travel_both_ways(tmp_path: Path) -> None:
     def ask() -> None:
-        connection = connect_daemon(load_config(root=tmp_path))
-        assert connection is not None
-        with connection:
-            client = DaemonClient(connection)
+        client = connect_daemon(load_config(root=tmp_path))
+        assert client is not None
+        with client:
             assert client.call("volume-create", name="vm1", size=4096)["name"] == "vm1"
             with pytest.raises(NotFound, match="no volume is called vm2"):
                 client.call("volume-info", name="vm2")

@@ -25,6 +25,8 @@ static void parse(const char *copy, size_t size) {
         expect(request.length <= DATA_MAX);
     if (result == 0 && request.kind <= AF_ZERO)
         expect(request.offset <= INT64_MAX && request.length <= INT64_MAX - request.offset);
+    if (result == 0 && (request.kind == AF_SYNC || request.kind == AF_UPCALL))
+        expect(size >= sizeof(struct fuse_in_header) + sizeof(struct fuse_fsync_in));
     if (result == 0 && request.kind == AF_WRITE)
         expect((const char *)request.data >= copy && (const char *)request.data + request.length <= copy + size);
 }
@@ -42,6 +44,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
         if (exact != NULL) {
             memcpy(exact, copy, size);
             parse(exact, size);
+            ssize_t init = af_init_length(exact, size);
+            expect(init <= (ssize_t)size && (init >= 0 || init == -EBADMSG));
             struct af_offer offer = {0};
             (void)af_adjust_init_request(exact, size, &offer);
             (void)af_adjust_init_answer(exact, size, &offer, DATA_MAX);

@@ -4,16 +4,20 @@
  */
 #include "front.h"
 
+#include "buffer.h"
 #include "check.h"
 #include "engine.h"
 #include "message.h"
+#include "wire.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 _Thread_local uint64_t check_seed;
@@ -33,6 +37,8 @@ struct ae_volume {
     atomic_int inside;
     atomic_ullong size;
     atomic_ullong discards;
+    atomic_int sync_result;
+    atomic_int syncs;
 };
 
 static void volume_init(struct ae_volume *volume) {
@@ -95,6 +101,12 @@ static int64_t fake_seek(struct ae_volume *volume, uint64_t offset) {
     return offset < atomic_load(&volume->size) ? (int64_t)offset + 1 : -ENXIO;
 }
 
+static int fake_sync(struct ae_volume *volume) {
+    enter(volume);
+    atomic_fetch_add(&volume->syncs, 1);
+    return atomic_load(&volume->sync_result);
+}
+
 static const struct ae_calls engine = {
     .read = fake_read,
     .read_nowait = fake_read_nowait,
@@ -104,31 +116,42 @@ static const struct ae_calls engine = {
     .grow = fake_grow,
     .seek_data = fake_seek,
     .seek_hole = fake_seek,
+    .sync = fake_sync,
 };
 
-/* A front between two sockets */
+/* A front between three sockets */
 
 struct bench {
     int kernel; /* what the kernel holds of it */
     int device; /* what the front holds */
     int libfuse;
     int socket;
+    int upcalled;
+    int upcalls;
+    int session; /* -1: none */
     struct af_front *front;
     struct ae_volume volume;
 };
 
-static void bench_start(struct bench *bench, uint32_t seats) {
+static void pair_make(int *theirs, int *ours) {
     int pair[2];
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
-    bench->kernel = pair[0];
-    bench->device = pair[1];
-    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
-    bench->libfuse = pair[0];
-    bench->socket = pair[1];
+    *theirs = pair[0];
+    *ours = pair[1];
+}
+
+/* Up to where it would read the first request. */
+static void bench_prepare(struct bench *bench, uint32_t seats, int session) {
+    pair_make(&bench->kernel, &bench->device);
+    pair_make(&bench->libfuse, &bench->socket);
+    pair_make(&bench->upcalled, &bench->upcalls);
+    bench->session = session;
     volume_init(&bench->volume);
     struct af_options options = {
         .device = bench->device,
         .socket = bench->socket,
+        .upcalls = bench->upcalls,
+        .session = session,
         .seats = seats,
         .request_bytes = REQUEST_BYTES,
         .engine = &engine,
@@ -137,11 +160,18 @@ static void bench_start(struct bench *bench, uint32_t seats) {
     CHECK(af_front_register(bench->front, NODE, &bench->volume, 1 << 20) == 0);
 }
 
+static void bench_start(struct bench *bench, uint32_t seats) {
+    bench_prepare(bench, seats, -1);
+    CHECK(af_front_serve(bench->front) == 0);
+}
+
 static void bench_close(struct bench *bench) {
     close(bench->kernel);
     close(bench->device);
     close(bench->libfuse);
     close(bench->socket);
+    close(bench->upcalled);
+    close(bench->upcalls);
     pthread_cond_destroy(&bench->volume.changed);
     pthread_mutex_destroy(&bench->volume.mutex);
 }
@@ -167,6 +197,22 @@ static struct message take(int descriptor) {
     CHECK(length > 0);
     message.length = (size_t)length;
     return message;
+}
+
+static struct fuse_in_header header_of(struct message message) {
+    struct fuse_in_header header;
+    memcpy(&header, message.bytes, sizeof header);
+    return header;
+}
+
+static uint32_t opcode_of(struct message message) { return header_of(message).opcode; }
+
+/* Whether `seen` is what was sent, but for the tag. */
+static bool is_handed_on(struct message seen, struct message sent) {
+    size_t at = offsetof(struct fuse_in_header, pid);
+    memset(seen.bytes + at, 0, sizeof(uint32_t));
+    memset(sent.bytes + at, 0, sizeof(uint32_t));
+    return seen.length == sent.length && memcmp(seen.bytes, sent.bytes, sent.length) == 0;
 }
 
 /* The answer to `unique`, and what it carries. */
@@ -195,6 +241,12 @@ static void ask_write(struct bench *bench, uint64_t unique, const char *text) {
     struct fuse_write_in in = {.size = (uint32_t)strlen(text)};
     struct message message = message_make(FUSE_WRITE, unique, NODE, &in, sizeof in);
     message_add(&message, text, strlen(text));
+    give(bench->kernel, &message);
+}
+
+static void ask_sync(struct bench *bench, uint64_t unique, uint64_t node) {
+    struct fuse_fsync_in in = {.fsync_flags = unique % 2 ? FUSE_FSYNC_FDATASYNC : 0};
+    struct message message = message_make(FUSE_FSYNC, unique, node, &in, sizeof in);
     give(bench->kernel, &message);
 }
 
@@ -255,7 +307,7 @@ static void test_forwarded(void) {
     struct message request = message_make(FUSE_GETATTR, 1, NODE, "whatever", 8);
     give(bench.kernel, &request);
     struct message seen = take(bench.libfuse);
-    CHECK(seen.length == request.length && memcmp(seen.bytes, request.bytes, request.length) == 0);
+    CHECK(is_handed_on(seen, request));
     struct fuse_out_header header = {.len = sizeof header, .unique = 1, .error = -ENOENT};
     struct message answer = {.length = sizeof header};
     memcpy(answer.bytes, &header, sizeof header);
@@ -326,6 +378,217 @@ static void test_adjusted(void) {
     bench_stop(&bench);
 }
 
+/* A session */
+
+static int session_make(const struct message *init) {
+    int session = memfd_create("session", MFD_CLOEXEC);
+    CHECK(session >= 0 && ftruncate(session, 12288) == 0);
+    if (init != NULL)
+        CHECK(pwrite(session, init->bytes, init->length, 4096) == (ssize_t)init->length);
+    return session;
+}
+
+static struct message make_init(uint64_t offered) {
+    struct fuse_init_in in = {.major = 7, .minor = 45, .flags = FUSE_SPLICE_READ | FUSE_INIT_EXT};
+    in.flags |= (uint32_t)offered;
+    in.flags2 = (uint32_t)(offered >> 32);
+    return message_make(FUSE_INIT, 2, 0, &in, sizeof in);
+}
+
+static void answer_init(struct bench *bench) {
+    struct {
+        struct fuse_out_header header;
+        struct fuse_init_out out;
+    } answer = {.header = {.len = sizeof answer, .unique = 2}};
+    CHECK(send(bench->libfuse, &answer, sizeof answer, 0) == sizeof answer);
+}
+
+static void check_init_is_kept(uint64_t offered) {
+    struct message init = make_init(offered);
+    struct bench bench;
+    bench_prepare(&bench, 1, session_make(NULL));
+    CHECK(af_front_serve(bench.front) == 0);
+    give(bench.kernel, &init);
+    struct message seen = take(bench.libfuse);
+    CHECK(opcode_of(seen) == FUSE_INIT && !is_handed_on(seen, init)); /* adjusted, which what is kept is not */
+    struct message kept = {.length = init.length};
+    CHECK(pread(bench.session, kept.bytes, kept.length, 4096) == (ssize_t)kept.length);
+    CHECK(memcmp(kept.bytes, init.bytes, init.length) == 0);
+
+    CHECK(!readable(af_front_initialised_fd(bench.front), SHORT_MS));
+    answer_init(&bench);
+    struct fuse_init_out out;
+    CHECK_EQUAL(take_answer(&bench, 2, &out, sizeof out), 0);
+    CHECK_EQUAL(out.flags2, offered >> 32);
+    CHECK(readable(af_front_initialised_fd(bench.front), LONG_MS));
+    CHECK_EQUAL(af_front_resumable(bench.front), offered != 0);
+    close(bench.session);
+    bench_stop(&bench);
+}
+
+static void test_init_is_kept_before_libfuse_has_it(void) {
+    check_init_is_kept(AF_HAS_RESEND);
+    check_init_is_kept(0); /* of an old kernel */
+}
+
+static void test_init_that_cannot_be_kept_fails(void) {
+    struct message init = make_init(AF_HAS_RESEND);
+    struct bench bench;
+    bench_prepare(&bench, 1, session_make(NULL));
+    CHECK(af_front_serve(bench.front) == 0);
+    CHECK(close(bench.session) == 0);
+    give(bench.kernel, &init);
+    CHECK_EQUAL(take_answer(&bench, 2, NULL, 0), -EBADF);
+    CHECK(!readable(bench.libfuse, 0));
+    bench_stop(&bench);
+}
+
+static void test_a_session_is_taken_up_again(void) {
+    struct message init = make_init(AF_HAS_RESEND);
+    struct bench bench;
+    bench_prepare(&bench, 1, session_make(&init));
+    struct message seen = take(bench.libfuse);
+    CHECK(opcode_of(seen) == FUSE_INIT && header_of(seen).unique == 2 && !is_handed_on(seen, init));
+    CHECK(!readable(af_front_initialised_fd(bench.front), 0));
+    answer_init(&bench);
+    CHECK(readable(af_front_initialised_fd(bench.front), LONG_MS));
+    CHECK(af_front_resumable(bench.front));
+
+    ask_read(&bench, 4, 0);
+    CHECK(!readable(bench.kernel, SHORT_MS)); /* neither the answer to INIT, nor one to what is not read yet */
+    CHECK(af_front_serve(bench.front) == 0);
+    struct fuse_out_header resend;
+    seen = take(bench.kernel);
+    CHECK_EQUAL(seen.length, sizeof resend);
+    memcpy(&resend, seen.bytes, sizeof resend);
+    CHECK(resend.len == sizeof resend && resend.unique == 0 && resend.error == AF_NOTIFY_RESEND);
+    expect_read(&bench, 4, 'a');
+    CHECK(!readable(bench.kernel, SHORT_MS)); /* asked once */
+    close(bench.session);
+    bench_stop(&bench);
+}
+
+static void test_nothing_is_sent_again_in_a_new_session(void) {
+    struct bench bench;
+    bench_prepare(&bench, 1, session_make(NULL));
+    ask_read(&bench, 4, 0);
+    CHECK(!readable(bench.libfuse, SHORT_MS) && !readable(bench.kernel, 0));
+    CHECK(af_front_serve(bench.front) == 0);
+    expect_read(&bench, 4, 'a');
+    CHECK(!readable(bench.libfuse, 0) && !readable(bench.kernel, 0));
+    close(bench.session);
+    bench_stop(&bench);
+}
+
+static void test_a_damaged_session(void) {
+    struct message init = make_init(0);
+    init.bytes[offsetof(struct fuse_in_header, opcode)]++;
+    struct af_options options = {.device = -1,
+                                 .socket = -1,
+                                 .upcalls = -1,
+                                 .session = session_make(&init),
+                                 .seats = 1,
+                                 .request_bytes = REQUEST_BYTES,
+                                 .engine = &engine};
+    struct af_front *front;
+    CHECK_EQUAL(af_front_start(&options, &front), -EBADMSG);
+    close(options.session);
+}
+
+static void test_stopping_before_anything_was_read(void) {
+    struct bench bench;
+    bench_prepare(&bench, 2, -1);
+    bench_stop(&bench);
+}
+
+/* Numbers */
+
+static void test_the_tag_of_a_request_leads_to_its_number_until_it_is_answered(void) {
+    static const uint64_t numbers[] = {2, 4, UINT64_C(1) << 33, (UINT64_C(1) << 62) + 2, INT64_MAX - 1};
+    enum { COUNT = sizeof numbers / sizeof numbers[0] };
+    struct bench bench;
+    bench_start(&bench, 1);
+    bool resent;
+    uint32_t tags[2 * COUNT];
+    for (unsigned i = 0; i < 2 * COUNT; i++) {
+        uint64_t unique = numbers[i / 2] | (i % 2 ? AF_UNIQUE_RESEND : 0);
+        struct message request = message_make(FUSE_MKNOD, unique, NODE, "name", 5);
+        give(bench.kernel, &request);
+        struct fuse_in_header header = header_of(take(bench.libfuse));
+        CHECK(header.unique == unique); /* the answer needs it as it came */
+        tags[i] = header.pid;
+    }
+    for (unsigned i = 0; i < 2 * COUNT; i++) {
+        CHECK(tags[i] > 0 && tags[i] <= INT32_MAX); /* a pid_t for pyfuse3 */
+        CHECK(af_front_number(bench.front, tags[i], &resent) == numbers[i / 2] && resent == (i % 2 == 1));
+    }
+    struct fuse_out_header out = {.len = sizeof out, .unique = numbers[1] | AF_UNIQUE_RESEND};
+    CHECK(send(bench.libfuse, &out, sizeof out, 0) == sizeof out);
+    CHECK_EQUAL(take_answer(&bench, out.unique, NULL, 0), 0);
+    CHECK_EQUAL(af_front_number(bench.front, tags[3], &resent), 0);
+    CHECK(af_front_number(bench.front, tags[2], &resent) == numbers[1] && !resent);
+    CHECK_EQUAL(af_front_number(bench.front, 0, &resent), 0);
+    CHECK_EQUAL(af_front_number(bench.front, UINT32_MAX, &resent), 0);
+
+    /* Nobody answers it, so nothing is noted. */
+    struct message request = message_make(FUSE_FORGET, 6, NODE, "12345678", 8);
+    give(bench.kernel, &request);
+    CHECK_EQUAL(header_of(take(bench.libfuse)).pid, 0);
+    bench_stop(&bench);
+}
+
+/* Upcalls */
+
+static void test_upcalls_go_their_own_way_as_they_came(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    struct fuse_ioctl_in ioctl_in = {.cmd = 7, .in_size = 4};
+    struct fuse_copy_file_range_in copy_in = {.len = 1 << 20};
+    struct message requests[] = {
+        message_make(FUSE_IOCTL, 2, NODE, &ioctl_in, sizeof ioctl_in),
+        message_make(FUSE_COPY_FILE_RANGE, 4, NODE, &copy_in, sizeof copy_in),
+        message_make(AF_COPY_FILE_RANGE_64, 6 | AF_UNIQUE_RESEND, NODE + 1, &copy_in, sizeof copy_in),
+    };
+    message_add(&requests[0], "four", 4);
+    for (size_t i = 0; i < sizeof requests / sizeof requests[0]; i++) {
+        struct fuse_in_header header = header_of(requests[i]);
+        header.pid = 1234;
+        memcpy(requests[i].bytes, &header, sizeof header);
+        give(bench.kernel, &requests[i]);
+        struct message seen = take(bench.upcalled);
+        CHECK_EQUAL(seen.length, requests[i].length);
+        CHECK(memcmp(seen.bytes, requests[i].bytes, seen.length) == 0);
+    }
+    struct message cut = message_make(FUSE_COPY_FILE_RANGE, 8, NODE, &copy_in, sizeof copy_in - 1);
+    give(bench.kernel, &cut);
+    CHECK_EQUAL(take_answer(&bench, 8, NULL, 0), -EINVAL);
+    CHECK(!readable(bench.upcalled, 0) && !readable(bench.libfuse, 0) && !readable(bench.kernel, 0));
+    af_front_drain(bench.front);
+    char byte;
+    CHECK_EQUAL(recv(bench.upcalled, &byte, 1, 0), 0); /* its reader sees the end */
+    bench_stop(&bench);
+}
+
+static void test_what_nobody_is_there_to_carry_out_is_not_answered(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    shutdown(bench.libfuse, SHUT_RDWR);
+    shutdown(bench.upcalled, SHUT_RDWR);
+    struct fuse_copy_file_range_in copy_in = {.len = 1};
+    struct fuse_open_in open_in = {.flags = O_DIRECT};
+    struct message requests[] = {
+        message_make(FUSE_GETATTR, 2, NODE, "", 0),
+        message_make(FUSE_OPEN, 4, NODE, &open_in, sizeof open_in),
+        message_make(FUSE_COPY_FILE_RANGE, 6, NODE, &copy_in, sizeof copy_in),
+    };
+    for (size_t i = 0; i < sizeof requests / sizeof requests[0]; i++)
+        give(bench.kernel, &requests[i]);
+    ask_read(&bench, 8, 0); /* behind them, and the first that is answered */
+    expect_read(&bench, 8, 'a');
+    CHECK(!readable(bench.kernel, SHORT_MS));
+    bench_stop(&bench);
+}
+
 /* With one seat: whoever waits has to give it up. */
 static void test_slow_requests_do_not_hold_up_fast_ones(void) {
     struct bench bench;
@@ -360,6 +623,41 @@ static void test_slow_requests_do_not_hold_up_fast_ones(void) {
     CHECK(statistics.threads > 40 && statistics.threads <= AF_THREADS_MAX);
     ask_read(&bench, 102, 4096);
     expect_read(&bench, 102, 'b');
+    bench_stop(&bench);
+}
+
+static void test_syncs_are_done_by_the_engine_unless_the_composer_has_to(void) {
+    struct bench bench;
+    bench_start(&bench, 1);
+    for (uint64_t unique = 1; unique <= 2; unique++) {
+        ask_sync(&bench, unique, NODE);
+        CHECK_EQUAL(take_answer(&bench, unique, NULL, 0), 0);
+    }
+    atomic_store(&bench.volume.sync_result, -EIO);
+    ask_sync(&bench, 3, NODE);
+    CHECK_EQUAL(take_answer(&bench, 3, NULL, 0), -EIO);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 3);
+    CHECK(!readable(bench.libfuse, 0));
+
+    atomic_store(&bench.volume.sync_result, -EAGAIN);
+    ask_sync(&bench, 4, NODE);
+    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_FSYNC);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 4);
+    ask_sync(&bench, 5, NODE + 1); /* of no volume that is known */
+    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_FSYNC);
+    CHECK_EQUAL(atomic_load(&bench.volume.syncs), 4);
+    CHECK(!readable(bench.kernel, 0));
+
+    atomic_store(&bench.volume.sync_result, 0);
+    set_closed(&bench.volume, true);
+    for (uint64_t unique = 6; unique <= 10; unique++)
+        ask_sync(&bench, unique, NODE);
+    await_inside(&bench, 5);
+    ask_read(&bench, 100, 0);
+    expect_read(&bench, 100, 'a');
+    set_closed(&bench.volume, false);
+    for (int i = 0; i < 5; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header));
     bench_stop(&bench);
 }
 
@@ -424,15 +722,6 @@ static void test_stopping_answers_what_is_under_way(void) {
     bench_stop(&bench);
 }
 
-/* Unlike the kernel, a socket holds only so many answers. */
-static void *take_all_answers(void *argument) {
-    const struct bench *bench = argument;
-    char bytes[64];
-    while (recv(bench->kernel, bytes, sizeof bytes, 0) > 0)
-        continue;
-    return NULL;
-}
-
 static void test_stopping_with_nobody_at_the_other_end_of_a_full_socket(void) {
     struct bench bench;
     bench_start(&bench, 2);
@@ -440,11 +729,8 @@ static void test_stopping_with_nobody_at_the_other_end_of_a_full_socket(void) {
     while (send(bench.kernel, request.bytes, request.length, MSG_DONTWAIT) > 0)
         continue;
     usleep(50000);
-    pthread_t kernel;
-    CHECK(pthread_create(&kernel, NULL, take_all_answers, &bench) == 0);
     af_front_stop(bench.front);
-    shutdown(bench.kernel, SHUT_RDWR);
-    CHECK(pthread_join(kernel, NULL) == 0);
+    CHECK(!readable(bench.kernel, 0)); /* what was on its way there is not answered */
     bench_close(&bench);
 }
 
@@ -497,8 +783,27 @@ static void test_registering_under_load(void) {
     bench_stop(&bench);
 }
 
+static void test_buffers_are_there_from_the_beginning_and_not_shared_with_a_fork(void) {
+    enum { PAGES = 65 };
+    size_t page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    char *buffer = af_buffer_make(PAGES * page_bytes);
+    CHECK(buffer != NULL);
+    unsigned char resident[PAGES];
+    CHECK(mincore(buffer, sizeof resident * page_bytes, resident) == 0);
+    for (int i = 0; i < PAGES; i++)
+        CHECK(resident[i] & 1);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(mincore(buffer, page_bytes, resident) < 0 && errno == ENOMEM ? 0 : 1);
+    int status;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_EQUAL(status, 0);
+    af_buffer_free(buffer, sizeof resident * page_bytes);
+}
+
 static void test_options(void) {
-    struct af_options options = {.device = -1, .socket = -1, .seats = 1, .request_bytes = 1000, .engine = &engine};
+    struct af_options options = {
+        .device = -1, .socket = -1, .upcalls = -1, .session = -1, .seats = 1, .request_bytes = 1000, .engine = &engine};
     struct af_front *front;
     CHECK_EQUAL(af_front_start(&options, &front), -EINVAL);
     options.request_bytes = 0;
@@ -515,12 +820,23 @@ int main(void) {
         {"served by the engine", test_served},
         {"handed to libfuse and back", test_forwarded},
         {"INIT and O_DIRECT opens are adjusted", test_adjusted},
+        {"INIT is kept", test_init_is_kept_before_libfuse_has_it},
+        {"INIT that cannot be kept", test_init_that_cannot_be_kept_fails},
+        {"a session is taken up again", test_a_session_is_taken_up_again},
+        {"a new session", test_nothing_is_sent_again_in_a_new_session},
+        {"a damaged session", test_a_damaged_session},
+        {"stopping before anything was read", test_stopping_before_anything_was_read},
+        {"tags and numbers", test_the_tag_of_a_request_leads_to_its_number_until_it_is_answered},
+        {"upcalls", test_upcalls_go_their_own_way_as_they_came},
+        {"what nobody is there for", test_what_nobody_is_there_to_carry_out_is_not_answered},
         {"slow requests do not hold up fast ones", test_slow_requests_do_not_hold_up_fast_ones},
+        {"syncs", test_syncs_are_done_by_the_engine_unless_the_composer_has_to},
         {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},
         {"the end of the connection is told", test_the_end_of_the_connection_is_told},
         {"stopping answers what is under way", test_stopping_answers_what_is_under_way},
         {"stopping with a full socket", test_stopping_with_nobody_at_the_other_end_of_a_full_socket},
         {"registering under load", test_registering_under_load},
+        {"buffers", test_buffers_are_there_from_the_beginning_and_not_shared_with_a_fork},
         {"options", test_options},
     };
     return run_tests(tests, sizeof tests / sizeof tests[0]);

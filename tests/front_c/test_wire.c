@@ -140,6 +140,13 @@ static void test_lseek(void) {
     CHECK(parse_body(FUSE_LSEEK, &in, sizeof in, &request) == -ENXIO);
 }
 
+static void test_fsync(void) {
+    struct fuse_fsync_in in = {.fh = 3};
+    check_whole(FUSE_FSYNC, &in, sizeof in, AF_SYNC);
+    in.fsync_flags = FUSE_FSYNC_FDATASYNC;
+    check_whole(FUSE_FSYNC, &in, sizeof in, AF_SYNC);
+}
+
 static void test_open(void) {
     struct fuse_open_in open_in = {.flags = O_RDWR | O_DIRECT};
     struct fuse_create_in create_in = {.flags = O_RDWR};
@@ -150,11 +157,33 @@ static void test_open(void) {
     CHECK(parse_body(FUSE_CREATE, &create_in, sizeof create_in, &request) == 0 && !request.direct);
 }
 
+static void test_upcalls(void) {
+    struct fuse_ioctl_in ioctl_in = {.cmd = 3};
+    struct fuse_copy_file_range_in copy_in = {.len = 4096};
+    check_whole(FUSE_IOCTL, &ioctl_in, sizeof ioctl_in, AF_UPCALL);
+    check_whole(FUSE_COPY_FILE_RANGE, &copy_in, sizeof copy_in, AF_UPCALL);
+    check_whole(AF_COPY_FILE_RANGE_64, &copy_in, sizeof copy_in, AF_UPCALL);
+    ioctl_in.in_size = 9;
+    struct message message = message_make(FUSE_IOCTL, 7, 42, &ioctl_in, sizeof ioctl_in);
+    message_add(&message, "nine byte", 9);
+    check_borders(message, message.length, AF_UPCALL);
+}
+
+static void test_tags(void) {
+    struct message message = message_make(FUSE_GETATTR, 7, 42, "body", 4);
+    struct fuse_in_header header;
+    af_set_tag(message.bytes, 1234567890);
+    memcpy(&header, message.bytes, sizeof header);
+    CHECK(header.pid == 1234567890 && header.unique == 7 && header.nodeid == 42);
+    CHECK(memcmp(message.bytes + sizeof header, "body", 4) == 0);
+}
+
 static void test_others(void) {
     struct af_request request;
     CHECK(parse_body(FUSE_GETATTR, "", 0, &request) == 0 && request.kind == AF_OTHER && request.answered);
     CHECK(parse_body(FUSE_FORGET, "", 0, &request) == 0 && request.kind == AF_OTHER && !request.answered);
     CHECK(parse_body(FUSE_BATCH_FORGET, "", 0, &request) == 0 && !request.answered);
+    CHECK(parse_body(FUSE_NOTIFY_REPLY, "", 0, &request) == 0 && !request.answered);
     CHECK(parse_body(FUSE_INTERRUPT, "", 0, &request) == 0 && request.kind == AF_INTERRUPT && !request.answered);
     CHECK(parse_body(UINT32_MAX, "", 0, &request) == 0 && request.kind == AF_OTHER);
     struct message message = message_make(FUSE_GETATTR, 7, 42, "", 0);
@@ -183,6 +212,23 @@ static void test_init_request(void) {
     CHECK(in.flags == (FUSE_ASYNC_DIO | FUSE_INIT_EXT) && in.flags2 == 1u << 4);
     /* Before 7.36 the body was shorter. */
     CHECK(af_adjust_init_request(message.bytes, sizeof(struct fuse_in_header) + 16, &offer));
+}
+
+static void test_kept_init(void) {
+    struct fuse_init_in in = {.major = 7, .minor = 45};
+    struct message message = message_make(FUSE_INIT, 7, 0, &in, sizeof in);
+    CHECK(af_init_length("", 0) == 0);
+    CHECK(af_init_length((char[4096]){0}, 4096) == 0);
+    CHECK(af_init_length(message.bytes, sizeof message.bytes) == (ssize_t)message.length);
+    for (size_t room = sizeof(uint32_t); room < message.length; room++)
+        CHECK(af_init_length(message.bytes, room) == -EBADMSG);
+    CHECK(af_init_length(message.bytes, message.length) == (ssize_t)message.length);
+    for (uint32_t length = 1; length < sizeof(struct fuse_in_header) + 16; length++) {
+        memcpy(message.bytes, &length, sizeof length);
+        CHECK(af_init_length(message.bytes, sizeof message.bytes) == -EBADMSG);
+    }
+    message = message_make(FUSE_GETATTR, 7, 0, &in, sizeof in);
+    CHECK(af_init_length(message.bytes, sizeof message.bytes) == -EBADMSG);
 }
 
 static void test_init_answer(void) {
@@ -227,8 +273,12 @@ int main(void) {
         {"WRITE", test_write},
         {"FALLOCATE", test_fallocate},
         {"LSEEK", test_lseek},
+        {"FSYNC", test_fsync},
         {"OPEN and CREATE", test_open},
+        {"IOCTL and COPY_FILE_RANGE", test_upcalls},
         {"other requests", test_others},
+        {"the tag of a request", test_tags},
+        {"INIT as it is kept", test_kept_init},
         {"INIT on its way to libfuse", test_init_request},
         {"the answer to INIT", test_init_answer},
         {"the answer to OPEN and CREATE", test_open_answer},

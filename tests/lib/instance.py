@@ -19,7 +19,7 @@ from typing import Any
 
 import archipfs
 from archipfs.config import load_config
-from archipfs.daemon.client import DaemonClient, connect_daemon
+from archipfs.daemon.client import connect_daemon
 from tests.lib.waiting import wait_until
 
 TEMPORARY = Path("/var/tmp")
@@ -70,9 +70,13 @@ def kill_process(pid: int) -> None:
 class Instance:
     """One node in a directory of its own: ``root`` is its --root, ``path`` its mount point."""
 
-    def __init__(self, *, store: Path | None = None, front: bool = True) -> None:
-        """``store``: the directory of its default backend, where that is not its own."""
+    def __init__(self, *, store: Path | None = None, front: bool = True, supervised: bool = False) -> None:
+        """``store``: the directory of its default backend, where that is not its own.
+
+        ``supervised``: a daemon that was killed is started again. Else the mount that it leaves is stale.
+        """
         self.front = front
+        self.supervised = supervised
         self.directory = Path(tempfile.mkdtemp(prefix="archipfs-test-", dir=TEMPORARY))
         self.root = self.directory / "root"
         self.path = self.directory / "mnt"
@@ -132,17 +136,30 @@ class Instance:
     # Its life
 
     def mount(self) -> "Instance":
-        self.archip("mount", "-o", f"front={'on' if self.front else 'off'}", self.path)
+        options = f"front={_switch(self.front)},supervisor={_switch(self.supervised)}"
+        self.archip("mount", "-o", options, self.path)
         return self
 
     def umount(self) -> None:
         self.archip("umount")
 
     def kill(self) -> None:
-        """SIGKILL the daemon and wait until it is gone. The mount it leaves is stale."""
+        """SIGKILL the daemon, with its supervisor if it has one, and wait until it is gone. The mount is stale then."""
+        self.kill_supervisor()
+        self.kill_daemon()
+
+    def kill_daemon(self) -> int:
+        """SIGKILL the daemon alone, and wait until it is gone; its process id. Its supervisor starts another one."""
         pid = self.daemon_pid()
         assert pid is not None, "there is no daemon to kill"
         kill_process(pid)
+        return pid
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL the supervisor, if there is one. The daemon goes on."""
+        pid = self.supervisor_pid()
+        if pid is not None:
+            kill_process(pid)
 
     def remount(self) -> None:
         """Mount again, in order if the daemon runs, and with the one command if it was killed."""
@@ -160,6 +177,17 @@ class Instance:
         ours = b"archipfs.daemon" in command and str(self.root).encode() in command
         return pid if ours and process_lives(pid) else None
 
+    def supervisor_pid(self) -> int | None:
+        """The process that is this instance's supervisor; ``None`` if there is none."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"supervisor.py" in command and str(self.root).encode() in command and process_lives(int(process.name)):
+                return int(process.name)
+        return None
+
     # Looking
 
     def check(self) -> list[Mapping[str, Any]]:
@@ -173,10 +201,10 @@ class Instance:
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Ask the daemon as a command would, without starting one: that is some hundred times faster."""
-        connection = connect_daemon(load_config(root=self.root))
-        assert connection is not None, "there is no daemon"
-        with connection:
-            return DaemonClient(connection).call(command, **arguments)
+        daemon = connect_daemon(load_config(root=self.root))
+        assert daemon is not None, "there is no daemon"
+        with daemon:
+            return daemon.call(command, **arguments)
 
     def findings(self) -> list[Mapping[str, Any]]:
         """What the daemon finds wrong in the store."""
@@ -266,6 +294,7 @@ class Instance:
             self.archip("umount", seconds=TAKE_DOWN_SECONDS)
 
     def _unmount_by_force(self) -> None:
+        self.kill_supervisor()
         pid = self.daemon_pid()
         if pid is not None:
             kill_process(pid)
@@ -276,6 +305,10 @@ class Instance:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ARCHIPFS_")}
         paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _switch(on: bool) -> str:
+    return "on" if on else "off"
 
 
 def _is_bug(line: str) -> bool:

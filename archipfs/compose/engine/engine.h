@@ -18,6 +18,9 @@
 #define AE_SECTOR_BYTES 4096u
 #define AE_SIZE_MAX (UINT64_C(64) << 40)
 #define AE_LAYERS_MAX 65536u
+#define AE_COPY_BYTES_MAX (UINT64_C(64) << 20)
+
+struct ae_object;
 
 /*
  * A place where bytes lie: a file, a simulated disk that loses what was not flushed, a Python object.
@@ -36,6 +39,11 @@ struct ae_object_ops {
     /* The first offset at or after `offset` that may hold data, that lies in a hole; -ENXIO: none before the end. */
     int (*next_data)(void *ctx, uint64_t offset, uint64_t *found);
     int (*next_hole)(void *ctx, uint64_t offset, uint64_t *found);
+    /*
+     * Copy a range of another object to `offset`, as if it had been read and written, but without the bytes coming
+     * here. -EOPNOTSUPP: not between these two, or not now; any part may have been copied then. NULL: never.
+     */
+    int (*copy_from)(void *ctx, uint64_t offset, const struct ae_object *source, uint64_t from, size_t length);
     void (*close)(void *ctx);
 };
 
@@ -113,8 +121,21 @@ int ae_grow(struct ae_volume *volume, uint64_t size);
 /* The first data (hole) at or after `offset`; -ENXIO as lseek(2) has it: the end of the volume is a hole. */
 int64_t ae_seek_data(struct ae_volume *volume, uint64_t offset);
 int64_t ae_seek_hole(struct ae_volume *volume, uint64_t offset);
+/*
+ * Copy a range of `source` to `target`, another volume or another range of the same one; ranges that overlap are the
+ * caller's mistake. Holes stay holes. What is written to either range meanwhile is in the copy or not, sector by
+ * sector. Returns how many bytes were copied, at most AE_COPY_BYTES_MAX: 0 only at or beyond the end of the source; an
+ * error only when there are none.
+ */
+ssize_t ae_copy(struct ae_volume *target, uint64_t target_offset, struct ae_volume *source, uint64_t source_offset,
+                uint64_t length);
 /* All that returned before is durable: data, then bitmap, of every layer that is not yet. */
 int ae_flush(struct ae_volume *volume);
+/*
+ * As ae_flush, its size too; -EAGAIN, and nothing done, where this is not known to be all that a flush takes: there is
+ * no guard, or it says that the volume's lock has changed, or the size is not the one that was recorded.
+ */
+int ae_sync(struct ae_volume *volume);
 
 /*
  * Control. From its return on, writes go to `head`, and none is under way to the old one; the old one is part of the
@@ -130,6 +151,25 @@ void ae_volume_resume(struct ae_volume *volume);
 void ae_volume_announce_size(struct ae_volume *volume, uint64_t size);
 /* Control, while paused: cut or grow. What a shrink cut off reads as zeros if the volume grows again. */
 int ae_volume_resize(struct ae_volume *volume, uint64_t size);
+/*
+ * Control, while paused: go over to another chain, at its size; whoever waits at the gate is served from that. The old
+ * chain was flushed, and its live bitmap files are removed. As ae_volume_open otherwise.
+ */
+int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, size_t count, uint64_t size);
+/*
+ * Control. How far from `offset` on, up to `end`, the volume shows what `layer` of its chain shows there: no layer
+ * above has a bit, and each lets it shine through. -ENOENT: it has no such layer.
+ */
+int ae_volume_shows(struct ae_volume *volume, const uint8_t layer[16], uint64_t offset, uint64_t end, uint64_t *until);
+/* Control, while paused: 1 if the head has no bit in the range, so that all of it is the parent's, else 0. */
+int ae_volume_head_is_clear(struct ae_volume *volume, uint64_t offset, uint64_t end);
+/* Control, while paused: show the parent as far as `size`, and be that large. Not smaller than the volume is. */
+int ae_volume_extend(struct ae_volume *volume, uint64_t size);
+/*
+ * Have ae_sync believe that the volume's lock is ours as long as there is something at the path `present` and nothing
+ * at `following`, and that `size` is recorded. Any thread; the last call counts.
+ */
+int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size);
 /*
  * For good: every later write, discard and flush gives -EIO, and so do those that wait at the gate. The live bitmaps
  * are marked as distrusted, since somebody else may write to the layers from now on.
@@ -166,6 +206,8 @@ struct ae_calls {
     int (*grow)(struct ae_volume *volume, uint64_t size);
     int64_t (*seek_data)(struct ae_volume *volume, uint64_t offset);
     int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
+    /* 0: all that returned before is durable. -EAGAIN: the composer has to see to it. */
+    int (*sync)(struct ae_volume *volume);
 };
 
 const struct ae_calls *ae_calls(void);

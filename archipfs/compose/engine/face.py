@@ -8,13 +8,13 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from archipfs.blockers.contract import DataObject
+from archipfs.blockers.contract import DataObject, VersionPaths
 from archipfs.compose._engine import ffi, lib
 from archipfs.compose.engine.objects import attempt, call, close_object, error_of, open_object
 from archipfs.errors import ArchipError, Fenced, InvalidInput, StoreError, TooLarge
@@ -184,8 +184,8 @@ def _abandon(pointer: Any) -> None:
 class EngineVolume:
     """The bytes of a volume, out of its layers: the head first, each next one the parent of the one before.
 
-    ``pause``, ``resume``, ``announce_size``, ``resize``, ``swap_head`` and ``close`` are control: the caller sees to it
-    that no two of them run at once. All others may be called from any thread at any time.
+    The calls under "Control" are for one at a time, and the caller sees to that. All others may be called from any
+    thread at any time.
     """
 
     def __init__(self, layers: Sequence[EngineLayer], size: int, *, writable: bool) -> None:
@@ -194,17 +194,9 @@ class EngineVolume:
         self._fenced = False
         self._at_close: tuple[int, int] | None = None
         opened = ffi.new("struct ae_volume **")
-        entered: list[_Handle] = []
-        try:
-            pointers = ffi.new("struct ae_layer *[]", max(1, len(layers)))
-            for index, layer in enumerate(layers):
-                pointers[index] = layer._handle.__enter__()
-                entered.append(layer._handle)
+        with _pointers(layers) as pointers:
             doing = f"opening the volume with head {self._head_id}"
             call(doing, lib.ae_volume_open, pointers, len(layers), _checked(size), writable, opened)
-        finally:
-            for handle in entered:
-                handle.__exit__(None, None, None)
         self._handle = _Handle(ffi.gc(opened[0], _abandon), f"the volume with head {self._head_id}")
 
     # Bytes
@@ -260,6 +252,16 @@ class EngineVolume:
         """The first hole at or after ``offset``, the end of the volume if no other; ``None`` beyond it."""
         return self._seek(lib.ae_seek_hole, offset)
 
+    def copy_from(self, source: "EngineVolume", source_offset: int, offset: int, length: int) -> int:
+        """Copy a range of ``source`` to ``offset``; this volume may be the source, with a range that does not overlap.
+
+        Returns how many bytes that were: 64 MiB at most, 0 only at or beyond the end of the source.
+        """
+        with self._handle as volume, source._handle as other:
+            doing = f"copying {length} bytes to {offset}"
+            numbers = _checked(offset), other, _checked(source_offset), _checked(length)
+            return self._change(doing, lib.ae_copy, volume, *numbers)
+
     def flush(self) -> None:
         """All that returned before is durable. When the store fails at it, the volume takes no more writes."""
         with self._handle as volume:
@@ -293,6 +295,54 @@ class EngineVolume:
         """While paused: cut or grow."""
         with self._handle as volume:
             self._change(f"resizing to {size} bytes", lib.ae_volume_resize, volume, _checked(size))
+
+    def replace(self, layers: Sequence[EngineLayer], size: int) -> None:
+        """While paused: be what other layers hold, at their size. What it was before must have been flushed."""
+        with self._handle as volume, _pointers(layers) as pointers:
+            self._change(
+                "going over to other layers", lib.ae_volume_replace, volume, pointers, len(layers), _checked(size)
+            )
+            self._head_id = layers[0].layer_id
+
+    def shows_until(self, layer_id: str, offset: int, end: int) -> int | None:
+        """How far from ``offset`` on it shows what that layer of its chain shows; ``None`` if it has no such layer."""
+        until = ffi.new("uint64_t *")
+        with self._handle as volume:
+            span = _checked(offset), _checked(end)
+            result, raised = attempt(lib.ae_volume_shows, volume, _id_bytes(layer_id), *span, until)
+            if result == -errno.ENOENT:
+                return None
+            if result < 0:
+                raise error_of(-result, f"looking for what lies above layer {layer_id}") from raised
+            return int(until[0])
+
+    def head_is_clear(self, offset: int, end: int) -> bool:
+        """While paused: whether the head has nothing in that range, not even in the rest of its outer sectors."""
+        with self._handle as volume:
+            doing = f"looking into layer {self._head_id}"
+            return bool(call(doing, lib.ae_volume_head_is_clear, volume, _checked(offset), _checked(end)))
+
+    def extend(self, size: int) -> None:
+        """While paused: show the parent as far as ``size``, and be that large."""
+        with self._handle as volume:
+            self._change(f"extending to {size} bytes", lib.ae_volume_extend, volume, _checked(size))
+
+    def guard(self, paths: VersionPaths, size: int) -> None:
+        """Let C code flush without asking us (``ae_sync``) while the lock's record stands and ``size`` is the size.
+
+        Any thread may call it at any time; the last call counts.
+        """
+        with self._handle as volume:
+            names = os.fsencode(paths.present), os.fsencode(paths.following)
+            call(f"guarding layer {self._head_id}", lib.ae_volume_guard, volume, *names, _checked(size))
+
+    def sync(self) -> bool:
+        """What C code calls to flush: false, and nothing done, if that is not all that has to be done."""
+        with self._handle as volume:
+            result, raised = attempt(lib.ae_sync, volume)
+            if result < 0 and result != -errno.EAGAIN:
+                raise error_of(-result, f"flushing (head {self._head_id})") from raised
+            return result == 0
 
     def fail(self) -> None:
         """For good, as after a flush that failed: it takes no more writes, and its live bitmaps are not believed."""
@@ -387,6 +437,16 @@ class EngineVolume:
                     f"{doing}: our lock was broken, this process writes no more; open the volume anew"
                 ) from error
             raise
+
+
+@contextmanager
+def _pointers(layers: Sequence[EngineLayer]) -> Iterator[Any]:
+    """The layers as C takes them; they stay open within the block."""
+    with ExitStack() as entered:
+        pointers = ffi.new("struct ae_layer *[]", max(1, len(layers)))
+        for index, layer in enumerate(layers):
+            pointers[index] = entered.enter_context(layer._handle)
+        yield pointers
 
 
 def calls_address() -> int:

@@ -1,5 +1,5 @@
 /*
- * Read, write, discard and seek.
+ * Read, write, discard and seek, and what copy.c makes a copy out of.
  *
  *   read:  gate, plan runs over the layers, one read of a data object a run
  *   write: gate, data object, bitmap bit
@@ -166,6 +166,35 @@ ssize_t ae_write(struct ae_volume *volume, const void *buffer, size_t length, ui
     return result < 0 ? result : (ssize_t)length;
 }
 
+int ae_write_from(struct ae_volume *volume, uint64_t offset, const struct ae_object *source, uint64_t from,
+                  size_t length) {
+    struct ae_stack *stack;
+    struct ae_outcome outcome = {0};
+    int result = ae_call_begin(volume, AE_CALL_WRITE, &stack);
+    if (result < 0)
+        return result;
+    if (offset > AE_SIZE_MAX || length > AE_SIZE_MAX - offset) {
+        result = -EFBIG;
+    } else {
+        struct target target;
+        result = target_take(&target, volume, stack, offset, length);
+        if (result == 0) {
+            if (target.holds)
+                result = ae_layer_prepare(target.head, target.first, target.end);
+            if (result == 0)
+                result = ae_layer_copy(target.head, offset, source, from, length);
+            if (result == 0 && target.holds)
+                ae_layer_set(target.head, target.first, target.end);
+            target_release(&target);
+        }
+    }
+    if (result == 0)
+        outcome =
+            (struct ae_outcome){.writes = 1, .written_bytes = length, .written_end = offset + length, .changed = true};
+    ae_call_end(volume, stack, &outcome);
+    return result;
+}
+
 /* Discarding */
 
 /* How far something shines through the head's clear bits. */
@@ -221,17 +250,20 @@ static int zero_body(const struct target *target, const struct ae_piece *piece) 
     return 0;
 }
 
-int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length) {
+/* Up to the end of the volume; where it `grows`, beyond that too, and the end with it. */
+static int zero_call(struct ae_volume *volume, uint64_t offset, uint64_t length, bool grows) {
     struct ae_stack *stack;
     struct ae_outcome outcome = {.discards = 1};
     int result = ae_call_begin(volume, AE_CALL_WRITE, &stack);
     if (result < 0)
         return result;
-    uint64_t size = atomic_load(&volume->size);
-    uint64_t count = offset < size ? size - offset : 0;
+    uint64_t limit = grows ? AE_SIZE_MAX : atomic_load(&volume->size);
+    uint64_t count = offset < limit ? limit - offset : 0;
+    if (grows && count < length)
+        result = -EFBIG;
     if (count > length)
         count = length;
-    if (count > 0) {
+    if (result == 0 && count > 0) {
         struct target target;
         result = target_take(&target, volume, stack, offset, count);
         if (result == 0) {
@@ -245,9 +277,18 @@ int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length) {
     if (result == 0) {
         outcome.discarded_bytes = count;
         outcome.changed = count > 0;
+        outcome.written_end = grows ? offset + count : 0;
     }
     ae_call_end(volume, stack, &outcome);
     return result;
+}
+
+int ae_discard(struct ae_volume *volume, uint64_t offset, uint64_t length) {
+    return zero_call(volume, offset, length, false);
+}
+
+int ae_clear(struct ae_volume *volume, uint64_t offset, uint64_t length) {
+    return zero_call(volume, offset, length, true);
 }
 
 int ae_write_zeros(struct ae_volume *volume, uint64_t offset, uint64_t length) {
@@ -337,6 +378,7 @@ const struct ae_calls *ae_calls(void) {
         .grow = ae_grow,
         .seek_data = ae_seek_data,
         .seek_hole = ae_seek_hole,
+        .sync = ae_sync,
     };
     return &calls;
 }

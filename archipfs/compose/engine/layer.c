@@ -468,6 +468,16 @@ int ae_layer_punch(struct ae_layer *layer, uint64_t offset, uint64_t length) {
     return result;
 }
 
+int ae_layer_copy(struct ae_layer *layer, uint64_t offset, const struct ae_object *source, uint64_t from,
+                  size_t length) {
+    const struct ae_object *data = &layer->data;
+    if (data->ops->copy_from == NULL)
+        return -EOPNOTSUPP;
+    int result = data->ops->copy_from(data->ctx, offset, source, from, length);
+    mark_data_dirty(layer);
+    return result;
+}
+
 /* Flushing */
 
 static bool state_block_is_dirty(const struct ae_layer *layer, uint64_t block) {

@@ -139,6 +139,29 @@ static int file_flush(void *ctx) {
     return result < 0 ? -errno : 0;
 }
 
+/* A file system that shares blocks among files shares them here; others copy within the kernel. */
+static int file_copy_from(void *ctx, uint64_t offset, const struct ae_object *source, uint64_t from, size_t length) {
+    if (source->ops->pread != file_pread)
+        return -EOPNOTSUPP;
+    while (length > 0) {
+        off_t read_at = (off_t)from, write_at = (off_t)offset;
+        ssize_t done = copy_file_range(file_fd(source->ctx), &read_at, file_fd(ctx), &write_at, length, 0);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0 && (errno == EXDEV || errno == EINVAL || errno == ENOSYS))
+            return -EOPNOTSUPP;
+        if (done < 0)
+            return -errno;
+        /* The source has become shorter meanwhile; what is missing reads as zeros. */
+        if (done == 0)
+            return -EOPNOTSUPP;
+        from += (uint64_t)done;
+        offset += (uint64_t)done;
+        length -= (size_t)done;
+    }
+    return 0;
+}
+
 static void file_close(void *ctx) {
     close(file_fd(ctx));
     free(ctx);
@@ -154,6 +177,7 @@ static const struct ae_object_ops file_ops = {
     .size = file_size,
     .next_data = file_next_data,
     .next_hole = file_next_hole,
+    .copy_from = file_copy_from,
     .close = file_close,
 };
 

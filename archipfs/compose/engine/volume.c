@@ -12,12 +12,21 @@
  *   3. a layer's load_lock, held while a bitmap page is read
  *   4. the volume's gate
  * The wait for a predecessor and the wait at the gate are taken with none of them held.
+ *
+ * Nobody waits at the gate of a volume who is inside the gate of another: a copy goes in at its target's only, and
+ * holds its source's stack. So two copies that cross, and resizes of both volumes meanwhile, cannot wait for each
+ * other.
  */
 #include "volume.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 static void wait_for_change(struct ae_volume *volume) {
     volume->waiting++;
@@ -55,6 +64,25 @@ static void stack_free(struct ae_stack *stack) {
 
 /* With the gate held: whether that was the last hold, and the caller has to free the stack outside. */
 static bool stack_unhold(struct ae_stack *stack) { return --stack->holds == 0 && stack->calls == 0; }
+
+struct ae_stack *ae_stack_hold(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    struct ae_stack *stack = volume->current;
+    stack->holds++;
+    volume->inside++;
+    pthread_mutex_unlock(&volume->gate);
+    return stack;
+}
+
+void ae_stack_unhold(struct ae_volume *volume, struct ae_stack *stack) {
+    pthread_mutex_lock(&volume->gate);
+    bool unused = stack_unhold(stack);
+    if (--volume->inside == 0)
+        announce_change(volume);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(stack);
+}
 
 /* Calls */
 
@@ -174,12 +202,17 @@ static void hide_parent(struct ae_layer *head, uint64_t size) {
         atomic_store(&head->parent_visible, size);
 }
 
-int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable,
-                   struct ae_volume **opened) {
+static int check_chain(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable) {
     if (count == 0 || count > AE_LAYERS_MAX || (writable && (!layers[0]->head || atomic_load(&layers[0]->frozen))))
         return -EINVAL;
-    if (size > AE_SIZE_MAX)
-        return -EFBIG;
+    return size > AE_SIZE_MAX ? -EFBIG : 0;
+}
+
+int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable,
+                   struct ae_volume **opened) {
+    int wrong = check_chain(layers, count, size, writable);
+    if (wrong < 0)
+        return wrong;
     if (writable) {
         int result = cut_data(layers[0], size);
         if (result < 0)
@@ -221,6 +254,7 @@ void ae_volume_close(struct ae_volume *volume, bool clean) {
     pthread_cond_destroy(&volume->changed);
     pthread_mutex_destroy(&volume->gate);
     ae_range_lock_destroy(&volume->ranges);
+    free(volume->guard.paths);
     free(volume);
 }
 
@@ -275,6 +309,97 @@ void ae_volume_resume(struct ae_volume *volume) {
     pthread_mutex_unlock(&volume->gate);
 }
 
+int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, size_t count, uint64_t size) {
+    int result = volume->writable ? check_chain(layers, count, size, true) : -EROFS;
+    if (result == 0)
+        result = -atomic_load(&volume->failed);
+    if (result == 0)
+        result = cut_data(layers[0], size);
+    if (result < 0)
+        return result;
+    struct ae_stack *fresh = stack_make(NULL, layers, count);
+    if (fresh == NULL)
+        return -ENOMEM;
+    hide_parent(layers[0], size);
+    ae_layer_remember_size(layers[0], size);
+
+    pthread_mutex_lock(&volume->gate);
+    struct ae_stack *old = volume->current;
+    volume->current = fresh;
+    atomic_store(&volume->size, size);
+    pthread_mutex_unlock(&volume->gate);
+
+    ae_layer_freeze(old->layers[0]);
+    for (size_t i = 0; i < old->count; i++)
+        ae_layer_drop_live(old->layers[i]);
+    pthread_mutex_lock(&volume->gate);
+    bool unused = stack_unhold(old);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(old);
+    return 0;
+}
+
+/* Lower `*end` to where `above` lets its parent shine through from `offset` on. */
+static int shine_through(struct ae_layer *above, uint64_t offset, uint64_t *end) {
+    uint64_t visible = atomic_load(&above->parent_visible);
+    if (visible < *end)
+        *end = visible > offset ? visible : offset;
+    if (*end == offset)
+        return 0;
+    bool set;
+    uint64_t until;
+    int result = ae_layer_run(above, ae_sector_floor(offset), ae_sector_ceil(*end), false, &set, &until);
+    if (result < 0)
+        return result;
+    if (set)
+        *end = offset;
+    else if (until * AE_SECTOR_BYTES < *end)
+        *end = until * AE_SECTOR_BYTES;
+    return 0;
+}
+
+int ae_volume_shows(struct ae_volume *volume, const uint8_t layer[16], uint64_t offset, uint64_t end, uint64_t *until) {
+    if (offset > end || end > AE_SIZE_MAX)
+        return -EINVAL;
+    struct ae_stack *stack = ae_stack_hold(volume);
+    int result = 0;
+    size_t above = 0;
+    while (result == 0 && above < stack->count && memcmp(stack->layers[above]->id, layer, 16) != 0)
+        result = shine_through(stack->layers[above++], offset, &end);
+    if (result == 0 && above == stack->count)
+        result = -ENOENT;
+    ae_stack_unhold(volume, stack);
+    *until = end;
+    return result;
+}
+
+int ae_volume_head_is_clear(struct ae_volume *volume, uint64_t offset, uint64_t end) {
+    if (offset >= end || end > AE_SIZE_MAX)
+        return -EINVAL;
+    bool set;
+    uint64_t until;
+    int result =
+        ae_layer_run(volume->current->layers[0], ae_sector_floor(offset), ae_sector_ceil(end), false, &set, &until);
+    return result < 0 ? result : !set && until == ae_sector_ceil(end);
+}
+
+int ae_volume_extend(struct ae_volume *volume, uint64_t size) {
+    if (!volume->writable)
+        return -EROFS;
+    if (size > AE_SIZE_MAX)
+        return -EFBIG;
+    if (volume->current->count < 2 || size < atomic_load(&volume->size))
+        return -EINVAL;
+    if (atomic_load(&volume->failed) != 0)
+        return -atomic_load(&volume->failed);
+    struct ae_layer *head = volume->current->layers[0];
+    atomic_store(&head->parent_visible, size);
+    atomic_store(&volume->size, size);
+    ae_layer_remember_size(head, size);
+    return 0;
+}
+
 static void volume_fail(struct ae_volume *volume) {
     pthread_mutex_lock(&volume->gate);
     atomic_store(&volume->failed, EIO);
@@ -317,16 +442,8 @@ void ae_volume_fence(struct ae_volume *volume) {
 /* Flushing */
 
 int ae_flush(struct ae_volume *volume) {
-    pthread_mutex_lock(&volume->gate);
+    struct ae_stack *stack = ae_stack_hold(volume);
     int result = -atomic_load(&volume->failed);
-    struct ae_stack *stack = volume->current;
-    if (result == 0) {
-        stack->holds++;
-        volume->inside++;
-    }
-    pthread_mutex_unlock(&volume->gate);
-    if (result < 0)
-        return result;
 
     /* Parents first: a child's bits never become durable before the layer they lie on. */
     bool fatal = false;
@@ -337,13 +454,52 @@ int ae_flush(struct ae_volume *volume) {
 
     pthread_mutex_lock(&volume->gate);
     volume->counts.flushes += result == 0;
-    bool unused = stack_unhold(stack);
-    if (--volume->inside == 0)
-        announce_change(volume);
     pthread_mutex_unlock(&volume->gate);
-    if (unused)
-        stack_free(stack);
+    ae_stack_unhold(volume, stack);
     return result;
+}
+
+int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size) {
+    size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
+    if (present_bytes > PATH_MAX || following_bytes > PATH_MAX)
+        return -ENAMETOOLONG;
+    char *paths = malloc(present_bytes + following_bytes);
+    if (paths == NULL)
+        return -ENOMEM;
+    memcpy(paths, present, present_bytes);
+    memcpy(paths + present_bytes, following, following_bytes);
+
+    pthread_mutex_lock(&volume->gate);
+    char *old = volume->guard.paths;
+    volume->guard = (struct ae_guard){.paths = paths, .paths_bytes = present_bytes + following_bytes, .size = size};
+    pthread_mutex_unlock(&volume->gate);
+    free(old);
+    return 0;
+}
+
+/*
+ * `following` first: whoever replaces a record has the new version in place before the old one goes, and the versions
+ * between go oldest first. So if `following` was not there, and `present` is there after that, nothing was ever put in
+ * its place before we looked. Over NFS a name that was missing may be remembered as missing for a while; so the server
+ * is asked for `present`, which is gone before another node knows the lock to be its own.
+ */
+static bool guard_holds(const char *present, const char *following) {
+    struct statx status;
+    return faccessat(AT_FDCWD, following, F_OK, 0) < 0 && errno == ENOENT &&
+           statx(AT_FDCWD, present, AT_STATX_FORCE_SYNC, STATX_TYPE, &status) == 0;
+}
+
+int ae_sync(struct ae_volume *volume) {
+    char paths[2 * PATH_MAX];
+    pthread_mutex_lock(&volume->gate);
+    const struct ae_guard *guard = &volume->guard;
+    bool usable = volume->writable && guard->paths != NULL && guard->size == atomic_load(&volume->size);
+    if (usable)
+        memcpy(paths, guard->paths, guard->paths_bytes);
+    pthread_mutex_unlock(&volume->gate);
+    if (!usable || !guard_holds(paths, paths + strlen(paths) + 1))
+        return -EAGAIN;
+    return ae_flush(volume);
 }
 
 /* Looking */

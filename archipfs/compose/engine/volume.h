@@ -8,9 +8,16 @@
 /* The chain as it was when a call began. It never changes; a swap makes another one. */
 struct ae_stack {
     uint64_t calls; /* inside the gate */
-    uint64_t holds; /* the volume itself, and flushes, which stay outside the gate */
+    uint64_t holds; /* the volume itself, and flushes and the source's side of copies, which stay outside the gate */
     size_t count;
     struct ae_layer *layers[];
+};
+
+/* What tells ae_sync that nothing but a flush is needed: see ae_volume_guard. */
+struct ae_guard {
+    char *paths; /* `present` and `following`, each with its zero; NULL: there is no guard */
+    size_t paths_bytes;
+    uint64_t size;
 };
 
 struct ae_volume {
@@ -23,6 +30,7 @@ struct ae_volume {
     struct ae_stack *draining; /* a swap waits for its last calls */
     uint64_t draining_size;    /* of the volume, as far as the calls on that stack made it */
     struct ae_statistics counts;
+    struct ae_guard guard;
 
     bool writable;
     _Atomic uint64_t size;
@@ -48,5 +56,15 @@ int ae_call_begin(struct ae_volume *volume, enum ae_call_kind kind, struct ae_st
 void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct ae_outcome *outcome);
 /* Wait until the calls that write to the head before this stack's own are gone. Hold no range meanwhile. */
 void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *stack);
+
+/* Keep the present chain without being inside the gate: a pause does not wait for it, the end of the volume does. */
+struct ae_stack *ae_stack_hold(struct ae_volume *volume);
+void ae_stack_unhold(struct ae_volume *volume, struct ae_stack *stack);
+
+/* Make the range read as zeros, like ae_discard, but beyond the end too: the volume becomes larger. */
+int ae_clear(struct ae_volume *volume, uint64_t offset, uint64_t length);
+/* Whole sectors out of another object, like ae_write; -EOPNOTSUPP where the objects cannot do that by themselves. */
+int ae_write_from(struct ae_volume *volume, uint64_t offset, const struct ae_object *source, uint64_t from,
+                  size_t length);
 
 #endif

@@ -8,12 +8,10 @@
  */
 #include "wire.h"
 
+#include <errno.h>
 #include <linux/fuse.h>
 #include <string.h>
 #include <unistd.h>
-
-/* Linux 6.6 */
-#define AF_DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)
 
 /* Requests of which nobody waits for each one: read-ahead, asynchronous direct I/O. */
 #define BACKGROUND_MAX 128
@@ -22,13 +20,25 @@
 /* Used if offered. HANDLE_KILLPRIV_V2, or every write would first ask for security.capability. */
 #define WANTED                                                                                                         \
     (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES |                      \
-     FUSE_HANDLE_KILLPRIV_V2 | AF_DIRECT_IO_ALLOW_MMAP)
+     FUSE_HANDLE_KILLPRIV_V2 | AF_DIRECT_IO_ALLOW_MMAP | AF_HAS_RESEND)
+
+/* Before 7.36 the body of INIT ended with `flags`. */
+#define INIT_BYTES_LEAST                                                                                               \
+    (sizeof(struct fuse_in_header) + offsetof(struct fuse_init_in, flags) + sizeof(((struct fuse_init_in *)0)->flags))
+
+ssize_t af_init_length(const void *kept, size_t room) {
+    struct fuse_in_header header = {0};
+    memcpy(&header, kept, room < sizeof header ? room : sizeof header);
+    if (header.len == 0)
+        return 0;
+    if (header.opcode != FUSE_INIT || header.len > room || header.len < INIT_BYTES_LEAST)
+        return -EBADMSG;
+    return (ssize_t)header.len;
+}
 
 bool af_adjust_init_request(void *buffer, size_t length, struct af_offer *offer) {
     struct fuse_init_in in = {0};
-    /* Before 7.36 it ended with `flags`. */
-    size_t least = offsetof(struct fuse_init_in, flags) + sizeof in.flags;
-    if (length < sizeof(struct fuse_in_header) + least)
+    if (length < INIT_BYTES_LEAST)
         return false;
     char *body = (char *)buffer + sizeof(struct fuse_in_header);
     size_t size = length - sizeof(struct fuse_in_header);

@@ -43,6 +43,12 @@ void af_answer_whole(int device, const void *message, size_t length) {
         af_answer(device, header.unique, -EIO, NULL, 0);
 }
 
+int af_ask_resend(int device) {
+    struct fuse_out_header header = {.len = sizeof header, .error = AF_NOTIFY_RESEND};
+    struct iovec part = {&header, sizeof header};
+    return send_answer(device, &part, 1) ? 0 : -errno;
+}
+
 bool af_is_served(enum af_kind kind) {
     switch (kind) {
     case AF_READ:
@@ -52,6 +58,7 @@ bool af_is_served(enum af_kind kind) {
     case AF_ZERO:
     case AF_SEEK_DATA:
     case AF_SEEK_HOLE:
+    case AF_SYNC:
         return true;
     default:
         return false;
@@ -120,6 +127,9 @@ void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const
                                              : engine->seek_hole(volume, request->offset);
         if (done >= 0)
             set_body(result, &(struct fuse_lseek_out){.offset = (uint64_t)done});
+        break;
+    case AF_SYNC:
+        done = engine->sync(volume);
         break;
     default:
         done = -ENOSYS;

@@ -11,6 +11,8 @@ struct ae_calls;
 void af_answer(int device, uint64_t unique, int error, const void *data, size_t length);
 /* Hand an answer or a notification on as it is. */
 void af_answer_whole(int device, const void *message, size_t length);
+/* Have the kernel send again what was read and never answered. -EINVAL: it cannot. */
+int af_ask_resend(int device);
 
 /* Whether the front serves this kind of request by itself. */
 bool af_is_served(enum af_kind kind);
@@ -26,7 +28,10 @@ struct af_result {
 /* A read that memory can answer, into `buffer`; false if it would wait. */
 bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
                      void *buffer, struct af_result *result);
-/* Any request that is served here; may wait for a disk. A read goes into `buffer`, which has room for it. */
+/*
+ * Any request that is served here; may wait for a disk. A read goes into `buffer`, which has room for it. A sync with
+ * -EAGAIN was not done: libfuse has to get it.
+ */
 void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
               void *buffer, struct af_result *result);
 

@@ -2,7 +2,8 @@
  * The threads and how messages pass between them:
  *
  *   /dev/fuse ─▶ servers (seats.h) ─▶ engine ─▶ /dev/fuse
- *                   │ what is not served here
+ *                   │        └─▶ upcalls
+ *                   │ what is neither
  *                   ▼
  *                socket ─▶ libfuse ─▶ socket ─▶ relay ─▶ /dev/fuse
  *                                                 │ notifications
@@ -12,6 +13,9 @@
  * The notifier is a thread of its own because the kernel may wait, inside the write of a notification, for a request
  * whose answer has yet to pass the relay.
  *
+ * A request is answered only by whoever carried it out or knows that it cannot be. One that cannot be handed on because
+ * we are going, or libfuse went, is left alone: the kernel ends it with the connection, or sends it to our successor.
+ *
  * FUSE_INTERRUPT is dropped: pyfuse3 has no use for it, and what is served here ends soon by itself.
  *
  * Locks: those of table.c, pending.c and seats.c, each held for a few instructions and never one inside another.
@@ -19,8 +23,10 @@
 #include "front.h"
 
 #include "answer.h"
+#include "buffer.h"
 #include "pending.h"
 #include "seats.h"
+#include "session.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
@@ -39,10 +45,13 @@ struct af_front {
     struct af_options options;
     size_t page_bytes;
     int ended_fd;
+    int initialised_fd;
     int notes[2]; /* the relay's end, the notifier's end */
     char *relay_buffer;
     char *notifier_buffer;
     struct af_offer offer; /* written by whoever reads INIT, before libfuse can answer anything */
+    atomic_bool resumable;
+    bool resumed; /* the session held an INIT when we started */
     struct af_table table;
     struct af_pending pending;
     struct af_seats seats;
@@ -70,41 +79,70 @@ static int refusal_of(enum af_kind kind) {
     }
 }
 
-static void forward(struct af_front *front, const struct af_request *request, char *message, size_t length) {
-    int error = refusal_of(request->kind);
-    if (request->kind == AF_INIT && !af_adjust_init_request(message, length, &front->offer))
-        error = -EPROTO;
-    bool adjusted = request->kind == AF_INIT || request->direct;
-    if (error == 0 && adjusted)
-        error = af_pending_add(&front->pending, request->unique, request->kind);
-    if (error == 0) {
-        ssize_t sent;
-        do
-            sent = send(front->options.socket, message, length, MSG_NOSIGNAL);
-        while (sent < 0 && errno == EINTR);
-        if (sent >= 0)
-            return;
-        error = errno == EPIPE || errno == ECONNRESET ? -ENOTCONN : -EIO;
-        if (adjusted)
-            (void)af_pending_take(&front->pending, request->unique);
-    }
-    if (request->answered)
-        af_answer(front->options.device, request->unique, error, NULL, 0);
+/* -ESHUTDOWN: we are going, or the other end went. */
+static int hand_on(int socket, const char *message, size_t length) {
+    ssize_t sent;
+    do
+        sent = send(socket, message, length, MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    if (sent >= 0)
+        return 0;
+    return errno == EPIPE || errno == ECONNRESET || errno == ENOTCONN ? -ESHUTDOWN : -EIO;
 }
 
+/* Noted first, since the answer may be here before `send` returns. */
+static int hand_to_libfuse(struct af_front *front, const struct af_request *request, char *message, size_t length) {
+    uint32_t tag = 0;
+    if (request->answered) {
+        bool opens = request->kind == AF_OPEN || request->kind == AF_CREATE;
+        enum af_kind kind = opens && !request->direct ? AF_OTHER : request->kind;
+        int error = af_pending_add(&front->pending, request->unique, kind, &tag);
+        if (error < 0)
+            return error;
+    }
+    af_set_tag(message, tag);
+    int error = hand_on(front->options.socket, message, length);
+    if (error < 0 && request->answered)
+        (void)af_pending_take(&front->pending, request->unique);
+    return error;
+}
+
+static int adjust_init(struct af_front *front, char *message, size_t length) {
+    if (!af_adjust_init_request(message, length, &front->offer))
+        return -EPROTO;
+    atomic_store(&front->resumable, (front->offer.flags & AF_HAS_RESEND) != 0);
+    return 0;
+}
+
+static int forward(struct af_front *front, const struct af_request *request, char *message, size_t length) {
+    if (request->kind == AF_UPCALL)
+        return hand_on(front->options.upcalls, message, length);
+    int error = refusal_of(request->kind);
+    if (request->kind == AF_INIT) {
+        if (front->options.session >= 0)
+            error = af_session_keep_init(front->options.session, message, length);
+        if (error == 0)
+            error = adjust_init(front, message, length);
+    }
+    return error < 0 ? error : hand_to_libfuse(front, request, message, length);
+}
+
+/* Whether it was answered here. */
 static bool serve(struct af_server *server, const struct af_request *request, char *buffer) {
     struct af_front *front = server->context;
     struct af_entry *entry = af_is_served(request->kind) ? af_table_enter(&front->table, request->node) : NULL;
     if (entry == NULL)
         return false;
     struct af_result result;
-    if (request->kind != AF_READ) {
-        af_serve(front->options.engine, entry, request, buffer, &result);
-    } else if (!af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
-        af_call_waits(server);
+    bool reads = request->kind == AF_READ;
+    if (!reads || !af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
+        if (reads || request->kind == AF_SYNC)
+            af_call_waits(server);
         af_serve(front->options.engine, entry, request, buffer, &result);
     }
     af_table_leave(&front->table, entry);
+    if (request->kind == AF_SYNC && result.error == -EAGAIN)
+        return false;
     af_answer(front->options.device, request->unique, result.error, result.data, result.length);
     return true;
 }
@@ -115,24 +153,25 @@ static void handle(struct af_server *server, char *message, size_t length) {
     int error = af_parse(message, length, front->options.request_bytes, &request);
     if (error == -EBADMSG || (error == 0 && request.kind == AF_INTERRUPT))
         return;
-    if (error < 0) {
-        if (request.answered)
-            af_answer(front->options.device, request.unique, error, NULL, 0);
-        return;
-    }
-    /* The request was read whole: what a read finds goes over it. */
-    if (serve(server, &request, server->buffer + front->page_bytes)) {
-        count(&server->served);
-    } else {
-        forward(front, &request, message, length);
+    if (error == 0) {
+        /* The request was read whole: what a read finds goes over it. */
+        if (serve(server, &request, server->buffer + front->page_bytes)) {
+            count(&server->served);
+            return;
+        }
+        error = forward(front, &request, message, length);
         count(&server->forwarded);
     }
+    if (error < 0 && error != -ESHUTDOWN && request.answered)
+        af_answer(front->options.device, request.unique, error, NULL, 0);
 }
 
 /* Other errors are about the one request that was to be read: interrupted, or gone meanwhile. */
 static bool is_end(ssize_t length, int error) {
     return length == 0 || error == ENODEV || error == ECONNABORTED || error == EBADF || error == EINVAL;
 }
+
+static void tell(int event) { (void)!write(event, &(uint64_t){1}, sizeof(uint64_t)); }
 
 static void run_server(struct af_server *server) {
     struct af_front *front = server->context;
@@ -149,7 +188,7 @@ static void run_server(struct af_server *server) {
             handle(server, message, (size_t)length);
             af_call_end(server);
         } else if (is_end(length, error)) {
-            (void)!write(front->ended_fd, &(uint64_t){1}, sizeof(uint64_t));
+            tell(front->ended_fd);
             return;
         }
     }
@@ -174,9 +213,12 @@ static void relay_answer(struct af_front *front, char *message, size_t length, u
     enum af_kind kind = af_pending_take(&front->pending, unique);
     if (kind == AF_INIT)
         (void)af_adjust_init_answer(message, length, &front->offer, front->options.request_bytes);
-    else if (kind != AF_OTHER)
+    else if (kind == AF_OPEN || kind == AF_CREATE)
         (void)af_adjust_open_answer(message, length, kind == AF_CREATE, &front->offer);
-    af_answer_whole(front->options.device, message, length);
+    if (kind != AF_INIT_AGAIN)
+        af_answer_whole(front->options.device, message, length);
+    if (kind == AF_INIT || kind == AF_INIT_AGAIN)
+        tell(front->initialised_fd);
 }
 
 static void *run_relay(void *argument) {
@@ -208,11 +250,13 @@ static void *run_notifier(void *argument) {
 static void free_front(struct af_front *front) {
     if (front->ended_fd >= 0)
         close(front->ended_fd);
+    if (front->initialised_fd >= 0)
+        close(front->initialised_fd);
     for (int i = 0; i < 2; i++)
         if (front->notes[i] >= 0)
             close(front->notes[i]);
-    free(front->relay_buffer);
-    free(front->notifier_buffer);
+    af_buffer_free(front->relay_buffer, relay_room(front));
+    af_buffer_free(front->notifier_buffer, relay_room(front));
     free(front);
 }
 
@@ -224,12 +268,14 @@ static struct af_front *make_front(const struct af_options *options) {
         .options = *options,
         .page_bytes = (size_t)sysconf(_SC_PAGESIZE),
         .ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+        .initialised_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
         .notes = {-1, -1},
     };
-    front->relay_buffer = malloc(relay_room(front));
-    front->notifier_buffer = malloc(relay_room(front));
+    front->relay_buffer = af_buffer_make(relay_room(front));
+    front->notifier_buffer = af_buffer_make(relay_room(front));
     bool paired = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, front->notes) == 0;
-    if (front->ended_fd < 0 || !paired || front->relay_buffer == NULL || front->notifier_buffer == NULL) {
+    bool buffered = front->relay_buffer != NULL && front->notifier_buffer != NULL;
+    if (front->ended_fd < 0 || front->initialised_fd < 0 || !paired || !buffered) {
         free_front(front);
         return NULL;
     }
@@ -241,20 +287,53 @@ static void stop_receiver(int socket, pthread_t thread) {
     pthread_join(thread, NULL);
 }
 
-/* Everything that has a thread, from the last to the first; what was started already is stopped when one fails. */
+/* What was made already is taken back when the next thing fails. */
+static int init_parts(struct af_front *front) {
+    int result = af_table_init(&front->table);
+    if (result < 0)
+        return result;
+    result = af_pending_init(&front->pending);
+    if (result == 0) {
+        size_t buffer_bytes = front->page_bytes + front->options.request_bytes;
+        result = af_seats_init(&front->seats, front->options.seats, buffer_bytes, run_server, front);
+        if (result == 0)
+            return 0;
+        af_pending_destroy(&front->pending);
+    }
+    af_table_destroy(&front->table);
+    return result;
+}
+
+static void destroy_parts(struct af_front *front) {
+    af_seats_destroy(&front->seats);
+    af_pending_destroy(&front->pending);
+    af_table_destroy(&front->table);
+}
+
+/* The answer waits in the socket until the relay runs. */
+static int replay_init(struct af_front *front) {
+    char message[AF_SESSION_INIT_BYTES];
+    ssize_t length = af_session_read_init(front->options.session, message);
+    if (length <= 0)
+        return (int)length;
+    struct af_request request;
+    int error = af_parse(message, (size_t)length, front->options.request_bytes, &request);
+    if (error == 0)
+        error = adjust_init(front, message, (size_t)length);
+    if (error < 0)
+        return error;
+    front->resumed = true;
+    request.kind = AF_INIT_AGAIN;
+    return hand_to_libfuse(front, &request, message, (size_t)length);
+}
+
 static int start_threads(struct af_front *front) {
     int result = af_start_thread(&front->notifier, run_notifier, front);
     if (result < 0)
         return result;
     result = af_start_thread(&front->relay, run_relay, front);
-    if (result == 0) {
-        size_t buffer_bytes = front->page_bytes + front->options.request_bytes;
-        result = af_seats_start(&front->seats, front->options.seats, buffer_bytes, run_server, front);
-        if (result == 0)
-            return 0;
-        stop_receiver(front->options.socket, front->relay);
-    }
-    stop_receiver(front->notes[0], front->notifier);
+    if (result < 0)
+        stop_receiver(front->notes[0], front->notifier);
     return result;
 }
 
@@ -265,21 +344,35 @@ int af_front_start(const struct af_options *options, struct af_front **started) 
     struct af_front *front = make_front(options);
     if (front == NULL)
         return -ENOMEM;
-    int result = af_table_init(&front->table);
+    int result = init_parts(front);
     if (result == 0) {
-        result = af_pending_init(&front->pending);
-        if (result == 0) {
+        if (options->session >= 0)
+            result = replay_init(front);
+        if (result == 0)
             result = start_threads(front);
-            if (result == 0) {
-                *started = front;
-                return 0;
-            }
-            af_pending_destroy(&front->pending);
+        if (result == 0) {
+            *started = front;
+            return 0;
         }
-        af_table_destroy(&front->table);
+        destroy_parts(front);
     }
     free_front(front);
     return result;
+}
+
+int af_front_serve(struct af_front *front) {
+    int result = front->resumed ? af_ask_resend(front->options.device) : 0;
+    return result < 0 ? result : af_seats_start(&front->seats);
+}
+
+int af_front_initialised_fd(const struct af_front *front) { return front->initialised_fd; }
+
+bool af_front_resumable(const struct af_front *front) { return atomic_load(&front->resumable); }
+
+uint64_t af_front_number(struct af_front *front, uint32_t tag, bool *resent) {
+    uint64_t unique = af_pending_unique(&front->pending, tag);
+    *resent = (unique & AF_UNIQUE_RESEND) != 0;
+    return unique & ~AF_UNIQUE_RESEND;
 }
 
 int af_front_ended_fd(const struct af_front *front) { return front->ended_fd; }
@@ -291,8 +384,9 @@ int af_front_register(struct af_front *front, uint64_t node, struct ae_volume *v
 void af_front_unregister(struct af_front *front, uint64_t node) { af_table_remove(&front->table, node); }
 
 void af_front_drain(struct af_front *front) {
-    /* Wakes those who wait for room in the socket. libfuse's answers still come through. */
+    /* Wakes those who wait for room in them. libfuse's answers still come through. */
     shutdown(front->options.socket, SHUT_WR);
+    shutdown(front->options.upcalls, SHUT_WR);
     af_seats_stop(&front->seats);
 }
 
@@ -300,9 +394,7 @@ void af_front_stop(struct af_front *front) {
     af_front_drain(front);
     stop_receiver(front->options.socket, front->relay);
     stop_receiver(front->notes[0], front->notifier);
-    af_seats_destroy(&front->seats);
-    af_pending_destroy(&front->pending);
-    af_table_destroy(&front->table);
+    destroy_parts(front);
     free_front(front);
 }
 

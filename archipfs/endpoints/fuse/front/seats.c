@@ -7,11 +7,11 @@
  */
 #include "seats.h"
 
+#include "buffer.h"
+
 #include <errno.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <time.h>
-#include <unistd.h>
 
 #define WATCH_PERIOD_NS 10000000
 /* The watch goes to sleep when it saw nothing happen so many times. */
@@ -42,7 +42,7 @@ static int add_server(struct af_seats *seats) {
         return -EAGAIN;
     struct af_server *server = &seats->servers[seats->threads];
     if (server->buffer == NULL)
-        server->buffer = aligned_alloc((size_t)sysconf(_SC_PAGESIZE), seats->buffer_bytes);
+        server->buffer = af_buffer_make(seats->buffer_bytes);
     if (server->buffer == NULL)
         return -ENOMEM;
     int result = af_start_thread(&server->thread, server_main, server);
@@ -177,28 +177,28 @@ static int init_locks(struct af_seats *seats) {
     return -result;
 }
 
-int af_seats_start(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
-                   void *context) {
+int af_seats_init(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
+                  void *context) {
     if (count == 0 || count > AF_THREADS_MAX)
         return -EINVAL;
     *seats = (struct af_seats){.seats = count, .buffer_bytes = buffer_bytes, .run = run};
     for (uint32_t i = 0; i < AF_THREADS_MAX; i++)
         seats->servers[i] = (struct af_server){.seats = seats, .context = context};
-    int result = init_locks(seats);
-    if (result < 0)
-        return result;
+    return init_locks(seats);
+}
+
+int af_seats_start(struct af_seats *seats) {
+    int result = 0;
     pthread_mutex_lock(&seats->mutex);
-    while (result == 0 && seats->seated < count)
+    while (result == 0 && seats->seated < seats->seats)
         result = add_server(seats);
     pthread_mutex_unlock(&seats->mutex);
     if (result == 0) {
         result = af_start_thread(&seats->watch, watch_main, seats);
         seats->watch_runs = result == 0;
     }
-    if (result < 0) {
+    if (result < 0)
         af_seats_stop(seats);
-        af_seats_destroy(seats);
-    }
     return result;
 }
 
@@ -222,7 +222,7 @@ void af_seats_stop(struct af_seats *seats) {
 
 void af_seats_destroy(struct af_seats *seats) {
     for (uint32_t i = 0; i < AF_THREADS_MAX; i++)
-        free(seats->servers[i].buffer);
+        af_buffer_free(seats->servers[i].buffer, seats->buffer_bytes);
     pthread_cond_destroy(&seats->work);
     pthread_cond_destroy(&seats->free_seat);
     pthread_mutex_destroy(&seats->mutex);

@@ -4,8 +4,9 @@
  * takes a free seat or rests until one is. So slow requests never hold up fast ones, and fast ones never pay for a
  * hand-over.
  *
- * A read knows beforehand that it will wait: the page cache says so. Other calls do not: a watch looks every few
- * milliseconds, while there is anything to look at, and takes the seats of those who are still where they were.
+ * A sync knows beforehand that it will wait, and so does a read: the page cache says so. Other calls do not: a watch
+ * looks every few milliseconds, while there is anything to look at, and takes the seats of those who are still where
+ * they were.
  */
 #ifndef ARCHIPFS_FRONT_SEATS_H
 #define ARCHIPFS_FRONT_SEATS_H
@@ -52,9 +53,14 @@ struct af_seats {
 };
 
 /* `run` is what each thread does, until af_seats_stopping. */
-int af_seats_start(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
-                   void *context);
-/* Ends and joins all threads; one that is in a call is waited for, one that waits for a request is not. */
+int af_seats_init(struct af_seats *seats, uint32_t count, size_t buffer_bytes, void (*run)(struct af_server *server),
+                  void *context);
+/* Once. When it fails, no thread is left. */
+int af_seats_start(struct af_seats *seats);
+/*
+ * Ends and joins all threads, if there are any; one that is in a call is waited for, one that waits for a request is
+ * not.
+ */
 void af_seats_stop(struct af_seats *seats);
 void af_seats_destroy(struct af_seats *seats);
 

@@ -78,6 +78,14 @@ static int parse_lseek(const char *at, size_t left, struct af_request *request) 
     return in.offset > INT64_MAX ? -ENXIO : 0;
 }
 
+static int parse_fsync(const char *at, size_t left, struct af_request *request) {
+    struct fuse_fsync_in in;
+    if (!take(&at, &left, &in, sizeof in))
+        return -EINVAL;
+    request->kind = AF_SYNC;
+    return 0;
+}
+
 static int parse_open(const char *at, size_t left, struct af_request *request) {
     struct fuse_open_in in;
     if (!take(&at, &left, &in, sizeof in))
@@ -96,6 +104,27 @@ static int parse_create(const char *at, size_t left, struct af_request *request)
     return 0;
 }
 
+static int parse_ioctl(const char *at, size_t left, struct af_request *request) {
+    struct fuse_ioctl_in in;
+    if (!take(&at, &left, &in, sizeof in) || in.in_size > left)
+        return -EINVAL;
+    request->kind = AF_UPCALL;
+    return 0;
+}
+
+static int parse_copy(const char *at, size_t left, struct af_request *request) {
+    struct fuse_copy_file_range_in in;
+    if (!take(&at, &left, &in, sizeof in))
+        return -EINVAL;
+    request->kind = AF_UPCALL;
+    return 0;
+}
+
+static bool is_answered(uint32_t opcode) {
+    return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_NOTIFY_REPLY &&
+           opcode != FUSE_INTERRUPT;
+}
+
 int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct af_request *request) {
     const char *at = buffer;
     size_t left = length;
@@ -104,7 +133,7 @@ int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct 
         return -EBADMSG;
     *request = (struct af_request){
         .kind = AF_OTHER,
-        .answered = header.opcode != FUSE_FORGET && header.opcode != FUSE_BATCH_FORGET,
+        .answered = is_answered(header.opcode),
         .unique = header.unique,
         .node = header.nodeid,
     };
@@ -117,6 +146,8 @@ int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct 
         return parse_fallocate(at, left, request);
     case FUSE_LSEEK:
         return parse_lseek(at, left, request);
+    case FUSE_FSYNC:
+        return parse_fsync(at, left, request);
     case FUSE_OPEN:
         return parse_open(at, left, request);
     case FUSE_CREATE:
@@ -126,9 +157,17 @@ int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct 
         return 0;
     case FUSE_INTERRUPT:
         request->kind = AF_INTERRUPT;
-        request->answered = false;
         return 0;
+    case FUSE_IOCTL:
+        return parse_ioctl(at, left, request);
+    case FUSE_COPY_FILE_RANGE:
+    case AF_COPY_FILE_RANGE_64:
+        return parse_copy(at, left, request);
     default:
         return 0;
     }
+}
+
+void af_set_tag(void *buffer, uint32_t tag) {
+    memcpy((char *)buffer + offsetof(struct fuse_in_header, pid), &tag, sizeof tag);
 }

@@ -8,6 +8,14 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
+
+/* What <linux/fuse.h> may be too old to have. */
+#define AF_DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36) /* of INIT; Linux 6.6 */
+#define AF_HAS_RESEND (UINT64_C(1) << 39)           /* of INIT; Linux 6.9 */
+#define AF_NOTIFY_RESEND 7                          /* Linux 6.9 */
+#define AF_UNIQUE_RESEND (UINT64_C(1) << 63)        /* of a request's number: it is sent again; Linux 6.9 */
+#define AF_COPY_FILE_RANGE_64 53                    /* opcode, of a fuse_copy_file_range_in; Linux 6.18 */
 
 enum af_kind {
     AF_READ,
@@ -17,16 +25,19 @@ enum af_kind {
     AF_ZERO,     /* back to zeros; grows unless `keeps_size` */
     AF_SEEK_DATA,
     AF_SEEK_HOLE,
+    AF_SYNC, /* fsync and fdatasync alike */
     AF_INIT,
+    AF_INIT_AGAIN, /* one that a process before us had, and that the kernel does not wait for */
     AF_OPEN,
     AF_CREATE,
+    AF_UPCALL, /* IOCTL, COPY_FILE_RANGE */
     AF_INTERRUPT,
     AF_OTHER,
 };
 
 struct af_request {
     enum af_kind kind;
-    bool answered; /* whether the kernel waits for an answer: not for FORGET */
+    bool answered; /* whether the kernel waits for an answer: not for FORGET, say */
     bool keeps_size;
     bool direct; /* OPEN, CREATE: with O_DIRECT */
     uint64_t unique;
@@ -43,6 +54,15 @@ struct af_request {
  * answered with, and `request` has `unique` and `answered`.
  */
 int af_parse(const void *buffer, size_t length, uint32_t data_bytes_max, struct af_request *request);
+
+/* Tell pyfuse3 a request's tag, in the header's `pid`. The message has a whole header. */
+void af_set_tag(void *buffer, uint32_t tag);
+
+/*
+ * The length of the INIT request that lies at the beginning of `room` bytes; 0: there are zeros, so none. -EBADMSG:
+ * something else.
+ */
+ssize_t af_init_length(const void *kept, size_t room);
 
 /*
  * Adjusting what passes between kernel and libfuse. All return false, and change nothing, if the message is not whole.

@@ -1,0 +1,120 @@
+"""A range of one open volume, copied to another without its bytes passing through here.
+
+Three ways, tried in this order; docs/architecture.md, "Copies of ranges, and ioctls", has what a crash in each leaves:
+
+1. *A clone*: the beginning of a volume, into an empty one.
+2. *An extension*: what follows, in pieces, into a volume that has become a clone so.
+3. *A copy* inside the store: anything else.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from archipfs.compose.engine import EngineVolume
+from archipfs.compose.volume import Frozen, OpenVolume
+from archipfs.errors import InvalidInput, NotFound, TooLarge
+from archipfs.types import VOLUME_BYTES_MAX
+from archipfs.units import format_size
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy did."""
+
+    length: int
+    """In bytes; 0 at or beyond the end of the source."""
+    leaves_layer: bool = False
+    """Whether the target has left a layer that nothing leads to any more."""
+
+
+def copy_range(source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int) -> Copied:
+    """Copy up to ``length`` bytes, or fewer: then the caller asks again for the rest.
+
+    Raises ``ReadOnlyVolume``, ``LockHeld``, ``Fenced``; ``InvalidInput`` for negative numbers and for ranges of one
+    volume that overlap; ``TooLarge`` if the target would become larger than its store can keep.
+    """
+    if min(source_offset, target_offset, length) < 0:
+        raise InvalidInput(
+            f"cannot copy {length} bytes from {source_offset} to {target_offset}; none of them may be negative"
+        )
+    engine = target.engine
+    with source.reading() as reader:
+        length = min(length, max(0, reader.size - source_offset))
+        if length == 0:
+            return Copied(0)
+        _check_target(source, source_offset, target, target_offset, length)
+        copied = _share(source, reader, source_offset, target, target_offset, length)
+        return copied or Copied(engine.copy_from(reader, source_offset, target_offset, length))
+
+
+def _check_target(source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int) -> None:
+    if source.id == target.id and abs(source_offset - target_offset) < length:
+        raise InvalidInput(f"cannot copy a range of {target.name} onto itself; copy it by way of another volume")
+    size_max = min(VOLUME_BYTES_MAX, target.mapper.blocker.data_bytes_max)
+    if target_offset + length > size_max:
+        raise TooLarge(f"{target.name} cannot be larger than {format_size(size_max)} in this store; copy less")
+
+
+def _share(
+    source: OpenVolume,
+    reader: EngineVolume,
+    source_offset: int,
+    target: OpenVolume,
+    target_offset: int,
+    length: int,
+) -> Copied | None:
+    """A clone or an extension; ``None`` if it cannot be either."""
+    if source.id == target.id or source.mapper is not target.mapper or not source.owned:
+        return None
+    if not source_offset == target_offset == target.size:
+        return None
+    with _both_controlled(source, target):
+        if target.size == 0:
+            return _clone(source, target, length)
+        return _extend(reader, target, target_offset, target_offset + length)
+
+
+@contextmanager
+def _both_controlled(one: OpenVolume, other: OpenVolume) -> Iterator[None]:
+    """Hold both volumes' ``control``, in the order of their ids: who holds one may want the other."""
+    with ExitStack() as held:
+        for opened in sorted((one, other), key=lambda each: each.id):
+            held.enter_context(opened.control)
+        yield
+
+
+def _clone(source: OpenVolume, target: OpenVolume, length: int) -> Copied | None:
+    record = source.record
+    if record.name is None:
+        return None  # whoever removed it may be deleting its layers
+    frozen = source.freeze() if record.writable else Frozen(record.layer, record.size)
+    visible = min(length, frozen.size)
+    mapper = target.mapper
+    # The layer's own limit lets all shine through, for extensions: the volume's record has what counts.
+    with mapper.new_layer(frozen.layer, VOLUME_BYTES_MAX) as head:
+        try:
+            # The new layer exists; whoever removes the source from here on sees that its layer is in use.
+            mapper.still_there(record)
+        except NotFound:
+            return None
+        if visible == 0 or not target.become_clone(head.id, visible, source.id):
+            return None
+    log.info("copied as a clone", volume=target.name, origin=source.name, size=visible)
+    return Copied(visible, leaves_layer=True)
+
+
+def _extend(reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied | None:
+    head = target.mapper.catalog.layer(target.record.layer).record
+    end = min(end, head.parent_visible)
+    if head.parent is None or end <= offset:
+        return None
+    # Where the source has been written since it became a clone, it shows something else.
+    until = reader.shows_until(head.parent, offset, end)
+    if until is None or until == offset or not target.extend(offset, until):
+        return None
+    return Copied(until - offset)
