@@ -26,6 +26,8 @@ pytestmark = pytest.mark.mount
 MIB, GIB = 1 << 20, 1 << 30
 PIECE_BYTES = 0xFFFF_F000
 """The most that the kernel asks for at once where the answer has 32 bits (before Linux 6.18)."""
+KILLS = 4
+"""Fewer than make a supervisor give up."""
 BOOKKEEPING_BYTES = MIB
 """What copies that share everything may take for layers, bitmaps and records."""
 
@@ -417,3 +419,27 @@ def test_a_copy_into_a_volume_that_another_node_has_waits_as_a_write_does(make_i
             os.close(descriptor)
         wait_until(copied.is_set, "the lock is free and the copy done")
     assert read_all(target) == b"x" * MIB
+
+
+def test_who_copies_does_not_notice_that_daemons_are_killed(make_instance: MakeInstance) -> None:
+    instance = make_instance(supervised=True).mount()
+    content = os.urandom(MIB)
+    volume = instance.path / "vm1"
+    volume.write_bytes(content)
+    copies: list[Path] = []
+
+    def copying(stop: threading.Event) -> None:
+        with opened(volume) as one:
+            while not stop.is_set():
+                path = copy_whole(volume, instance.path / f"c{len(copies)}")
+                with opened(path) as other:
+                    assert copy_range(one, other, MIB // 2, 7, MIB) == MIB // 2
+                copies.append(path)
+
+    with threads([copying]):
+        for _ in range(KILLS):
+            before = len(copies)
+            wait_until(lambda before=before: len(copies) >= before + 5, "some copies more are made")
+            instance.kill_daemon()
+    for path in copies:
+        assert read_all(path) == content + content[7 : 7 + MIB // 2]

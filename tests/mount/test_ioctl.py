@@ -25,6 +25,8 @@ pytestmark = pytest.mark.mount
 MIB = 1 << 20
 HEADER = Path(__file__).parents[2] / "tools" / "archip-ioctl.h"
 NOBODY = 65534
+KILLS = 4
+"""Fewer than make a supervisor give up."""
 SYSTEM_PYTHON = "/usr/bin/python3"
 """Which every user may start, unlike what lies in somebody's home directory."""
 
@@ -404,3 +406,27 @@ def test_what_was_made_survives_a_kill_of_the_daemon(mount: Instance) -> None:
     mount.remount()
     for name in ("vm1", "monday", "vm2"):
         assert read_all(mount.path / name) == b"x" * MIB
+
+
+def test_who_takes_snapshots_does_not_notice_that_daemons_are_killed(make_instance: MakeInstance) -> None:
+    """Each is taken once: one that is asked for again because its answer was lost is found to be done."""
+    instance = make_instance(supervised=True).mount()
+    volume = create(instance.path / "vm1", MIB)
+    taken: list[int] = []
+
+    def takes(stop: threading.Event) -> None:
+        with opened(volume) as descriptor:
+            while not stop.is_set():
+                number = len(taken) + 1
+                os.pwrite(descriptor, number.to_bytes(8, "little"), 0)
+                fcntl.ioctl(descriptor, SNAPSHOT, encode_name(f"s{number}"))
+                taken.append(number)
+
+    with threads([takes]):
+        for _ in range(KILLS):
+            before = len(taken)
+            wait_until(lambda before=before: len(taken) >= before + 5, "some snapshots more are taken")
+            instance.kill_daemon()
+    for number in taken:
+        assert int.from_bytes(read_all(instance.path / f"s{number}")[:8], "little") == number
+    assert sorted(os.listdir(instance.path)) == sorted(["vm1", *(f"s{number}" for number in taken)])
