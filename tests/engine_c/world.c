@@ -271,7 +271,7 @@ static const struct ae_object_ops disk_ops = {
 };
 
 struct ae_object disk_object(struct disk *disk) {
-    return (struct ae_object){.ops = &disk_ops, .ctx = disk};
+    return (struct ae_object){.ops = &disk_ops, .ctx = disk, .first_write_bytes = DISK_FIRST_WRITE_BYTES};
 }
 
 void disk_init(struct disk *disk, struct machine *machine) { *disk = (struct disk){.machine = machine}; }

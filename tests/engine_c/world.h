@@ -11,6 +11,8 @@
 
 #define CHAIN_MAX 64
 
+#define DISK_FIRST_WRITE_BYTES ((uint64_t)4 * AE_SECTOR_BYTES)
+
 /* One mutex over all disks, so that a power cut finds them all at the same moment. */
 struct machine {
     pthread_mutex_t mutex;
