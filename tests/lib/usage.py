@@ -11,9 +11,11 @@ from tests.lib.instance import Instance
 from tests.lib.waiting import wait_until
 
 SETTLE_SECONDS = 30.0
-THREADS_MORE_MAX = 12
-"""Workers that trio keeps for ten seconds, and seats that the front keeps."""
-MEMORY_MORE_BYTES_MAX = 48 << 20
+FRONT_THREADS_MAX = 64
+"""The front keeps every thread that it ever needed, each with a buffer of a request's size."""
+REQUEST_BYTES = 1 << 20
+THREADS_MAX = FRONT_THREADS_MAX + 16
+MEMORY_MORE_BYTES_MAX = FRONT_THREADS_MAX * REQUEST_BYTES + (32 << 20)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Usage:
 
     def not_above(self, before: "Usage") -> bool:
         return (
-            self.threads <= before.threads + THREADS_MORE_MAX
+            self.threads <= max(before.threads, THREADS_MAX)
             and self.descriptors <= before.descriptors
             and self.memory_bytes <= before.memory_bytes + MEMORY_MORE_BYTES_MAX
         )

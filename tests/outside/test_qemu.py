@@ -201,7 +201,13 @@ def qemu_io(volume: Path, script: list[str], *, aio: str, cache: str) -> None:
 
 @pytest.mark.parametrize(
     ("cache", "aio"),
-    [("none", "threads"), ("none", "native"), ("none", "io_uring"), ("writeback", "threads"), ("writeback", "io_uring")],
+    [
+        ("none", "threads"),
+        ("none", "native"),
+        ("none", "io_uring"),
+        ("writeback", "threads"),
+        ("writeback", "io_uring"),
+    ],
 )
 def test_a_script_of_writes_zeros_and_discards_leaves_what_it_says(
     mount: Instance, front: bool, cache: str, aio: str

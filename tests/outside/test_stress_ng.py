@@ -20,7 +20,7 @@ SECONDS = int(os.environ.get("ARCHIPFS_STRESS_SECONDS", "12"))
 VOLUME_BYTES = 2 << 30
 
 BYTES = [
-    *("aio", "aiol", "copy-file", "fallocate", "fiemap", "fpunch", "fsize", "hdd", "io-uring", "iomix", "mmap"),
+    *("aio", "aiol", "copy-file", "fallocate", "fiemap", "fpunch", "fsize", "hdd", "iomix", "mmap"),
     *("readahead", "revio", "seek", "sendfile", "splice", "sync-file"),
 ]
 BOUNDS = [
@@ -42,7 +42,12 @@ def stress(directory: Path, stressors: list[str], *options: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "direct", "stressors", "options"),
-    [("xfs", True, BYTES, BOUNDS), ("ext4", False, BYTES, BOUNDS), ("ext4", True, NAMES, []), ("btrfs", True, NAMES, [])],
+    [
+        ("xfs", True, BYTES, BOUNDS),
+        ("ext4", False, BYTES, BOUNDS),
+        ("ext4", True, NAMES, []),
+        ("btrfs", True, NAMES, []),
+    ],
     ids=["bytes-xfs-direct", "bytes-ext4-buffered", "names-ext4", "names-btrfs"],
 )
 def test_stressors_find_no_error_and_leave_a_sound_file_system(
