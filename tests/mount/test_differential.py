@@ -1,11 +1,11 @@
 """One random sequence of operations on two mounts, one with the front and one without: they must never disagree.
 
-Each operation is data, made from the seed before anything runs; so a sequence that fails is cut down by running it again
-without parts of it, and what is left stands in the message. ``ARCHIPFS_DIFFERENTIAL_SEEDS="7 8"`` replays seeds,
+Each operation is data, made from the seed before anything runs; so a sequence that fails is cut down by running it
+again without parts of it, and what is left stands in the message. ``ARCHIPFS_DIFFERENTIAL_SEEDS="7 8"`` replays seeds,
 ``ARCHIPFS_DIFFERENTIAL_STEPS`` says how long a sequence is.
 
-Not compared: FALLOCATE and SEEK_DATA, which plain pyfuse3 has no handlers for; times; and st_blocks, whose value depends
-on when the file system under the store allocates, beyond what is plausible.
+Not compared: FALLOCATE and SEEK_DATA, which plain pyfuse3 has no handlers for; times; and st_blocks, which depends on
+when the file system under the store allocates, beyond what is plausible.
 """
 
 import errno
