@@ -326,8 +326,8 @@ def test_it_ends_under_load_without_hanging_and_keeps_what_it_acknowledged(
 def test_what_killed_and_interrupted_programs_held_is_given_back(mount: Instance) -> None:
     """fio and qemu die in the middle of what they do: asynchronous, mapped, synchronous, flushing, punching."""
     volume = create(mount.path / "vm1", 64 * MIB)
-    fio = ["fio", "--name=job", f"--filename={volume}", "--size=64M", "--rw=randrw", "--bs=16k", "--time_based"]
-    fio += ["--runtime=60", "--fdatasync=8", "--output=/dev/null"]
+    fio = ["fio", "--name=job", f"--filename={volume}", "--size=64M", "--rw=randrw", "--bs=16k", "--thread"]
+    fio += ["--time_based", "--runtime=60", "--fdatasync=8", "--output=/dev/null"]
     programs: list[list[str | Path]] = [
         [*fio, "--ioengine=libaio", "--direct=1", "--iodepth=64"],
         [*fio, "--ioengine=io_uring", "--direct=1", "--iodepth=64"],
@@ -338,14 +338,13 @@ def test_what_killed_and_interrupted_programs_held_is_given_back(mount: Instance
 
     def kill_all(number: signal.Signals) -> None:
         for program in programs:
-            # A session of its own: fio's jobs are processes of it, which die with it.
-            running = subprocess.Popen(program, stdout=subprocess.DEVNULL, start_new_session=True)
+            running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
                 before = volume.stat().st_mtime_ns
                 wait_until(lambda before=before: volume.stat().st_mtime_ns > before, "it writes")  # type: ignore[misc]
                 assert running.poll() is None, f"{program} ended by itself"
             finally:
-                os.killpg(running.pid, number)
+                running.send_signal(number)
                 running.wait(timeout=30)
 
     kill_all(signal.SIGKILL)
