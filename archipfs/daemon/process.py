@@ -28,6 +28,8 @@ from archipfs.types import VolumeId
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
+HANDED_OVER_EXIT_CODE = 75
+"""EX_TEMPFAIL: not the end, also for a service manager that starts again only what failed."""
 SESSION, CONTROL = "session", "control"
 """Names of what the service manager keeps, beside ``DEVICE`` and the node's locks."""
 NOT_RESTARTED = "a killed daemon is not restarted: this kernel has no FUSE_NOTIFY_RESEND (Linux 6.9 has)"
@@ -160,9 +162,11 @@ class _Life:
         """SIGTERM and SIGINT stop us. So does SIGHUP, unless somebody keeps the mount: then the next daemon gets it."""
         async for number in signals:
             if number == signal.SIGHUP and self._is_kept():
-                await self.mount.hand_over()
+                # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
+                with trio.CancelScope(shield=True):
+                    await self.mount.hand_over()
                 log.info("handed over", pid=os.getpid())
-                os._exit(0)
+                os._exit(HANDED_OVER_EXIT_CODE)
             log.info("stopping", signal=signal.Signals(number).name)
             await self.mount.stop()
 

@@ -134,11 +134,11 @@ def test_status_of_a_mount(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         "pause_ms": None,
     }
 
-    class Daemon:
+    class Daemon(nullcontext[None]):
         def call(self, command: str) -> Any:
             return {"status": mount}[command]
 
-    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: nullcontext(Daemon()))
+    monkeypatch.setattr("archipfs.cli.mounts.connect_daemon", lambda config: Daemon())
     assert cli("status").lines == [
         "mountpoint      /mnt/a",
         "daemon_pid      17",

@@ -77,6 +77,31 @@ def test_commands_of_another_version_are_refused_in_one_line(config: Config) -> 
             call(node, "volume-info", {"name": "a", "colour": "blue"})
 
 
+def test_locks_outlive_their_process_with_whoever_keeps_the_open_files(config: Config) -> None:
+    with exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"}) as locks:
+        kept = {name: os.dup(descriptor) for name, descriptor in locks.items()}
+    with pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
+        exclusive(config, holder={"pid": 1}).__enter__()
+    with exclusive(config, holder={"pid": 4712, "mountpoint": "/mnt/a"}, inherited=kept) as locks:
+        assert locks == kept
+        with pytest.raises(Busy, match=r"process 4712"):
+            exclusive(config, holder={"pid": 1}).__enter__()
+    with exclusive(config, holder={"pid": 1}, wait_seconds=0):
+        pass
+
+
+def test_a_lock_on_a_file_that_is_gone_is_not_taken_for_the_nodes(config: Config) -> None:
+    with exclusive(config, holder={"pid": 4711}) as locks:
+        kept = {name: os.dup(descriptor) for name, descriptor in locks.items()}
+        (config.run_dir / "node.lock").unlink()
+        (config.state_dir / "node.lock").unlink()
+    with (
+        exclusive(config, holder={"pid": 4712, "mountpoint": "/mnt/a"}, inherited=kept),
+        pytest.raises(Busy, match="process 4712"),
+    ):
+        exclusive(config, holder={"pid": 1}).__enter__()
+
+
 def test_one_identity_is_not_used_by_two_processes_although_their_run_directories_differ(config: Config) -> None:
     other = replace(config, run_dir=config.run_dir.with_name("another-run"))
     first = exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"})

@@ -104,7 +104,7 @@ class Instance:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self._environment(),
+            env=self.environment(),
         )
 
     def archip(self, *arguments: str | Path, check: bool = True, seconds: float = COMMAND_SECONDS) -> Completed:
@@ -176,6 +176,12 @@ class Instance:
             return None
         ours = b"archipfs.daemon" in command and str(self.root).encode() in command
         return pid if ours and process_lives(pid) else None
+
+    def wait_for_another_daemon(self, than: int) -> int:
+        """Until a daemon that is not process ``than`` answers; its process id."""
+        wait_until(lambda: self.daemon_pid() not in (None, than), f"another daemon than {than} serves")
+        pid: int = self.call("status")["daemon_pid"]
+        return pid
 
     def supervisor_pid(self) -> int | None:
         """The process that is this instance's supervisor; ``None`` if there is none."""
@@ -301,7 +307,8 @@ class Instance:
         while mount_type(self.path) is not None:
             subprocess.run(["umount", "-l", self.path], check=True, capture_output=True, timeout=20)
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """That of the processes that belong to it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ARCHIPFS_")}
         paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**kept, "PYTHONPATH": os.pathsep.join(paths)}

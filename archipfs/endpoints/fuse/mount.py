@@ -211,6 +211,7 @@ class Mount:
         What takes long is not waited for; the next daemon gets it again.
         """
         if self.front is not None:
+            pyfuse3.terminate()  # first: it takes the front's end for a broken /dev/fuse
             await trio.to_thread.run_sync(self.front.drain)
             with trio.move_on_after(HAND_OVER_SECONDS):
                 await self.operations.idle()
