@@ -29,6 +29,7 @@ from archipfs.errors import (
     StoreFull,
     TooLarge,
 )
+from archipfs.map.mapper import Mapper
 from archipfs.map.records import Kind, VolumeRecord
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 from tests.compose.world import World, content_of, fill, pattern
@@ -127,6 +128,37 @@ def test_a_source_that_was_removed_is_copied_and_not_shared(pair: Pair) -> None:
     assert pair.whole() == CONTENT
 
 
+def test_a_write_that_comes_just_before_the_switch_keeps_it_from_being_a_clone(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def still_there(mapper: Mapper, source: VolumeRecord) -> None:
+        pair.target.write(SIZE, b"first")
+
+    monkeypatch.setattr(Mapper, "still_there", still_there)
+    assert pair.copy(0, SIZE) == SIZE
+    assert pair.target.record.kind is Kind.VOLUME
+    assert pair.whole() == CONTENT + b"first"
+    pair.composer.recover()
+
+
+def test_a_snapshot_of_the_source_that_is_removed_meanwhile_is_copied_and_not_shared(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still_there = Mapper.still_there
+
+    def remove_first(mapper: Mapper, source: VolumeRecord) -> None:
+        mapper.remove(source.id)
+        still_there(mapper, source)
+
+    monkeypatch.setattr(Mapper, "still_there", remove_first)
+    snapshot = snapshot_of(pair)
+    assert pair.composer.copy_range(snapshot, 0, pair.target, 0, SIZE) == SIZE
+    assert pair.target.record.kind is Kind.VOLUME
+    assert pair.whole() == CONTENT
+    pair.composer.release(snapshot)
+    pair.composer.recover()
+
+
 def test_requests_during_the_switch_neither_fail_nor_get_lost(pair: Pair) -> None:
     """The one write that comes at any time before, in or after it is there in the end, or was overwritten whole."""
     composer = pair.composer
@@ -202,6 +234,14 @@ def test_a_snapshot_between_pieces_holds_what_was_there(pair: Pair) -> None:
     assert content_of(pair.composer, "between") == CONTENT[:HALF]
     pair.composer.clone("between", "larger", size=SIZE)
     assert content_of(pair.composer, "larger") == CONTENT[:HALF] + bytes(SIZE - HALF)
+
+
+def test_a_snapshot_that_a_crash_cut_short_between_pieces_limits_the_layer(pair: Pair) -> None:
+    pair.copy(0, HALF)
+    pair.composer.mapper().limit_parent(pair.target.record.layer, HALF)
+    assert pair.copy(HALF, SIZE) == SIZE - HALF
+    pair.composer.release(pair.target)
+    assert content_of(pair.composer, "copy") == CONTENT
 
 
 def test_growth_between_pieces_shows_zeros(pair: Pair) -> None:
