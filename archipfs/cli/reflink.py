@@ -26,6 +26,7 @@ from archipfs.cli.sparse_copy import copy_sparse, replacing, temporary_beside
 from archipfs.endpoints.fuse import ioctls
 from archipfs.endpoints.fuse.ioctls import Info
 from archipfs.errors import AlreadyExists, InvalidInput, NotSupported
+from archipfs.map.names import check_name
 from archipfs.map.records import Kind
 
 NAME = "archip-reflink"
@@ -110,6 +111,7 @@ def _same_mount(source: int, target: Path) -> bool:
 
 
 def _clone(source: int, info: Info, src: Path, target: Path, *, replace: bool) -> None:
+    check_name(target.name)  # else a rename in the end would say EINVAL, and no more
     # A clone is there to be written, also that of a snapshot, whose mode lets nobody write.
     mode = _mode(source) | (stat.S_IWUSR if info.kind is Kind.SNAPSHOT else 0)
     if not replace:
@@ -135,7 +137,7 @@ def _copy(source: int, src: Path, target: Path, *, replace: bool) -> None:
     temporary = temporary_beside(target)
     try:
         with replacing(temporary, target, replace=replace):
-            _copy_to_new(source, src, temporary)
+            _copy_to_new(source, src, temporary, target.name)
     except FileExistsError as error:
         raise _exists(target) from error
     directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -145,9 +147,11 @@ def _copy(source: int, src: Path, target: Path, *, replace: bool) -> None:
         os.close(directory)
 
 
-def _copy_to_new(source: int, src: Path, path: Path) -> None:
+def _copy_to_new(source: int, src: Path, path: Path, later_called: str) -> None:
     copy = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        if _info(copy, path) is not None:
+            check_name(later_called)  # before all is copied
         with _progress(src.name, os.fstat(source).st_size) as advanced:
             copy_sparse(source, copy, advanced)
         os.fchmod(copy, _mode(source))

@@ -50,7 +50,7 @@ def _rename_to_new(old: Path, new: Path) -> None:
 
 
 def copy_sparse(source: int, target: int, advanced: Callable[[int], None]) -> None:
-    """Make the new, empty file ``target`` what ``source`` is now, durably. ``advanced`` is told the bytes done."""
+    """Make the new, empty file ``target`` what ``source`` is, durably. ``advanced`` is told how many bytes are done."""
     size = os.fstat(source).st_size
     for start, end in _data(source, size):
         offset = start

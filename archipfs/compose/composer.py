@@ -149,7 +149,13 @@ class Composer:
 
     def stored_bytes(self, found: Found) -> int:
         """What the volume's own layer takes in the store: what was written since the last snapshot."""
-        data = found.mapper.blocker.open_data(f"layer/{found.record.layer}", writable=False)
+        try:
+            data = found.mapper.blocker.open_data(f"layer/{found.record.layer}", writable=False)
+        except ObjectMissing:
+            now = self.find_by_id(found.record.id)
+            if now.record.layer == found.record.layer:
+                raise
+            return self.stored_bytes(now)  # it went over to another layer since, and that one is reclaimed
         try:
             return data.allocated()
         finally:

@@ -145,6 +145,23 @@ def change_mode(composer: Composer) -> None:
     composer.set_attributes(composer.find("vm").record.id, edit)
 
 
+def copy_range(composer: Composer, source: str, target: str, offset: int, length: int) -> None:
+    with composer.using(composer.find(source)) as reader, composer.using(composer.find(target)) as writer:
+        composer.copy_range(reader, offset, writer, offset, length)
+
+
+def volume_and_empty_one(composer: Composer) -> None:
+    one_volume(composer)
+    composer.create("copy", 0)
+
+
+def copied_in_part(composer: Composer) -> None:
+    """A clone of the first two and a half sectors; the source has another head since."""
+    volume_and_empty_one(composer)
+    copy_range(composer, "vm", "copy", 0, PART)
+
+
+PART = int(2.5 * SECTOR_BYTES)
 SHRUNK = int(2.5 * SECTOR_BYTES)
 GROWN = 12 * SECTOR_BYTES
 
@@ -192,6 +209,36 @@ CASES = {
         {"vm": volume(NEW), "copy": clone(NEW)},
         write_without_flush,
         {"vm": OLD},
+    ),
+    "copy of a live volume into an empty one": Case(
+        volume_and_empty_one,
+        lambda composer: copy_range(composer, "vm", "copy", 0, len(NEW)),
+        {"vm": volume(NEW), "copy": volume(b"")},
+        {"vm": volume(NEW), "copy": clone(NEW)},
+        write_without_flush,
+        {"vm": OLD},
+    ),
+    "copy of a snapshot's beginning into an empty volume": Case(
+        lambda composer: (volume_with_snapshot(composer), composer.create("copy", 0)),
+        lambda composer: copy_range(composer, "vm@first", "copy", 0, PART),
+        {"vm": volume(OLD), "vm@first": snapshot(FIRST), "copy": volume(b"")},
+        {"vm": volume(OLD), "vm@first": snapshot(FIRST), "copy": clone(FIRST[:PART])},
+    ),
+    "copy of what follows": Case(
+        copied_in_part,
+        lambda composer: copy_range(composer, "vm", "copy", PART, len(OLD)),
+        {"vm": volume(OLD), "copy": clone(OLD[:PART])},
+        {"vm": volume(OLD), "copy": clone(OLD)},
+    ),
+    "copy of what follows, to a volume that shrank": Case(
+        lambda composer: (
+            copied_in_part(composer),
+            copy_range(composer, "vm", "copy", PART, len(OLD)),
+            composer.resize(composer.find("copy"), SECTOR_BYTES),
+        ),
+        lambda composer: copy_range(composer, "vm", "copy", SECTOR_BYTES, PART),
+        {"vm": volume(OLD), "copy": clone(OLD[:SECTOR_BYTES])},
+        {"vm": volume(OLD), "copy": clone(OLD[: SECTOR_BYTES + PART])},
     ),
     "rename": rename_case(replace=False),
     "rename onto a volume": rename_case(replace=True),

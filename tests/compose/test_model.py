@@ -21,6 +21,7 @@ from archipfs.compose import composer as composer_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import Busy, InvalidInput, NotFound
+from archipfs.map.records import Kind
 from archipfs.types import SECTOR_BYTES
 from tests.compose.world import World
 
@@ -65,6 +66,18 @@ class Expected:
         if data and end > self.size:
             self.earlier_sizes.add(self.size)
             self.size = end
+
+    def share(self, source: "Expected", offset: int, length: int) -> None:
+        """End at ``offset``, and go on as the source does, durably."""
+        edge = min(length, -offset % SECTOR_BYTES)
+        self.change(offset, source.content(offset, edge))
+        end = offset + length
+        for sector in sorted(source.sectors):
+            begin = max(sector * SECTOR_BYTES, offset + edge)
+            if begin < end:
+                self.change(begin, source.content(begin, min(SECTOR_BYTES, end - begin)))
+        self.size = end
+        self.flushed()
 
     def resize(self, size: int) -> None:
         if size > min(self.earlier_sizes | {self.size}):
@@ -323,6 +336,55 @@ class ComposerModel(RuleBasedStateMachine):
         then = self.expected[snapshot]
         self.expected[name] = Expected(then.size, True, dict(then.sectors))
 
+    @rule(number=pick, copy=names, length=st.one_of(sizes, st.just(2 * BIG)))
+    def copy_to_new(self, number: int, copy: str, length: int) -> None:
+        """The first piece into an empty volume makes a clone of it."""
+        name = self.choose(number)
+        if name is None or not self.free(copy):
+            return
+        self.composer.create(copy, 0)
+        self.expected[copy] = Expected(0, True)
+        assert self.copy_range(name, 0, copy, 0, length) == min(length, self.expected[name].size)
+        assert self.composer.find(copy).record.kind is Kind.CLONE
+
+    @rule(number=pick, to=pick, length=st.one_of(sizes, st.just(2 * BIG)))
+    def copy_on(self, number: int, to: int, length: int) -> None:
+        """What follows, from the end of the target: an extension where nothing has come in between."""
+        name, target = self.choose(number), self.choose(to, writable=True)
+        if name is not None and target is not None and name != target and self.expected[target].size < BIG // 2:
+            size = self.expected[target].size
+            self.copy_range(name, size, target, size, length)
+
+    @rule(number=pick, to=pick, source_offset=offsets, offset=offsets, length=lengths)
+    def copy_anything(self, number: int, to: int, source_offset: int, offset: int, length: int) -> None:
+        name, target = self.choose(number), self.choose(to, writable=True)
+        if name is None or target is None:
+            return
+        if name == target and abs(source_offset - offset) < min(length, self.expected[name].size - source_offset):
+            return
+        self.copy_range(name, source_offset, target, offset, length)
+
+    def copy_range(self, name: str, source_offset: int, target: str, offset: int, length: int) -> int:
+        source, expected = self.expected[name], self.expected[target]
+        done = 0
+
+        def copy(reader: OpenVolume, writer: OpenVolume) -> None:
+            nonlocal done
+            before = writer.record
+            done = self.composer.copy_range(reader, source_offset, writer, offset, length)
+            assert done <= min(length, max(0, source.size - source_offset))
+            assert (done == 0) == (source_offset >= source.size)
+            if writer.record.layer != before.layer:
+                source.flushed()
+            if (writer.record.layer, writer.record.visible) != (before.layer, before.visible):
+                assert writer.record.size == offset + done
+                expected.share(source, offset, done)
+            else:
+                expected.change(offset, source.content(source_offset, done))
+
+        self.using(name, lambda reader: self.using(target, lambda writer: copy(reader, writer)))
+        return done
+
     @rule(number=pick, new_name=names)
     def rename(self, number: int, new_name: str) -> None:
         name = self.choose(number)
@@ -386,6 +448,39 @@ class ComposerModel(RuleBasedStateMachine):
         else:
             self.expected[name].flushed()
             self.expected[snapshot] = frozen
+        if power:
+            self.adopt_all()
+
+    @rule(number=pick, copy=names, first=sizes, calls=st.integers(1, 24), seed=seeds, power=st.booleans())
+    def crash_in_a_copy(self, number: int, copy: str, first: int, calls: int, seed: int, power: bool) -> None:
+        """Two pieces into a new volume: it is empty, or has one of them, or both."""
+        name = self.choose(number)
+        if name is None or not self.free(copy):
+            return
+        size = self.expected[name].size
+        pieces = [0, min(first, size), size]
+
+        def take(composer: Composer) -> None:
+            composer.create(copy, 0)
+            with composer.using(composer.find(name)) as reader, composer.using(composer.find(copy)) as writer:
+                for begin in pieces[:2]:
+                    composer.copy_range(reader, begin, writer, begin, first if begin == 0 else 2 * BIG)
+
+        self.crash_in(take, calls, seed)
+        self.start_again(power_lost=power, seed=seed)
+        try:
+            copied = self.composer.find(copy).record.size
+        except NotFound:
+            copied = 0
+        else:
+            assert copied in pieces
+            if copied == 0:
+                self.composer.remove(copy)
+            else:
+                source = self.expected[name]
+                source.flushed()
+                self.expected[copy] = Expected(0, True)
+                self.expected[copy].share(source, 0, copied)
         if power:
             self.adopt_all()
 

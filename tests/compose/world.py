@@ -134,7 +134,7 @@ class World:
     """One store, and a directory for the live bitmaps of its nodes, which are called by their hosts."""
 
     directory: Path
-    store: MemoryBlocker = field(default_factory=MemoryBlocker)
+    store: Blocker = field(default_factory=MemoryBlocker)
 
     def __post_init__(self) -> None:
         create_store(self.store)

@@ -331,6 +331,27 @@ static void test_failed_cut_is_fatal(void) {
 }
 
 /* Nothing is flushed that is clean: a flush after a flush asks nothing of the store. */
+static void test_first_writes_come_in_pieces(void) {
+    const uint64_t piece = DISK_FIRST_WRITE_BYTES;
+    struct rig rig;
+    rig_start(&rig, TIB);
+    uint64_t *writes = &rig_head(&rig)->data.calls[DISK_WRITE];
+    put(&rig, piece / 2, 3 * piece, 'a');
+    CHECK_EQUAL(*writes, 4);
+    put(&rig, piece / 2, 3 * piece, 'b');
+    CHECK_EQUAL(*writes, 5);
+    /* A piece that fails leaves those before it without bits, so with the old content. */
+    rig_snapshot(&rig);
+    disk_fail(&rig_head(&rig)->data, DISK_WRITE, 3, -ENOSPC);
+    char bytes[3 * DISK_FIRST_WRITE_BYTES];
+    memset(bytes, 'c', sizeof bytes);
+    CHECK_EQUAL(ae_write(rig.volume, bytes, sizeof bytes, piece / 2), -ENOSPC);
+    CHECK_EQUAL(ae_read(rig.volume, bytes, sizeof bytes, piece / 2), sizeof bytes);
+    for (size_t i = 0; i < sizeof bytes; i++)
+        CHECK_EQUAL(bytes[i], 'b');
+    rig_end(&rig);
+}
+
 static void test_flush_does_what_is_needed(void) {
     struct rig rig;
     rig_start(&rig, TIB);
@@ -686,6 +707,7 @@ int main(void) {
         {"a failed data flush is fatal", test_failed_data_flush_is_fatal},
         {"a failed bitmap flush is fatal", test_failed_bitmap_flush_is_fatal},
         {"a failed cut is fatal", test_failed_cut_is_fatal},
+        {"first writes come in pieces", test_first_writes_come_in_pieces},
         {"a flush does what is needed", test_flush_does_what_is_needed},
         {"a shared layer", test_shared_layer},
         {"a failed flush of a shared layer", test_failed_flush_of_a_shared_layer},

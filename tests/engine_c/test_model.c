@@ -229,6 +229,28 @@ static void do_discard(struct world *world) {
         model_put(world, NULL, offset, clipped);
 }
 
+static void do_copy(struct world *world) {
+    uint64_t from = some_offset(world), to = some_offset(world);
+    uint64_t length = some_end(world, from) - from;
+    if (random_below(&world->random, 2) == 0)
+        to = to / SECTOR * SECTOR + from % SECTOR;
+    uint64_t room = island_end(to) - to;
+    if (length > room)
+        length = room;
+    uint64_t expected = from < world->size ? world->size - from : 0;
+    if (expected > length)
+        expected = length;
+    if (from < to + expected && to < from + expected)
+        return;
+    uint8_t bytes[6 * AE_SECTOR_BYTES];
+    CHECK_EQUAL(ae_read(world->volume, bytes, expected, from), expected);
+    world->machine.disks_copy = random_below(&world->random, 4) != 0;
+    CHECK_EQUAL(ae_copy(world->volume, to, world->volume, from, length), expected);
+    model_put(world, bytes, to, to + expected);
+    if (expected > 0 && to + expected > world->size)
+        world->size = to + expected;
+}
+
 static void do_read(struct world *world) {
     uint64_t offset = some_offset(world);
     uint64_t end = some_end(world, offset);
@@ -327,8 +349,23 @@ static void check_frozen(struct world *world) {
         ae_layer_release(layers[i]);
 }
 
+/* What a shrink cut off is gone from every content that a power cut may bring back: a smaller size is recorded before
+ * anything else happens. */
+static void cut_versions(struct world *world, uint64_t size) {
+    for (size_t i = 0; i < SECTORS; i++) {
+        uint64_t start = sector_offset(i);
+        uint64_t kept = size <= start ? 0 : size - start < SECTOR ? size - start : SECTOR;
+        for (size_t v = 0; v < world->versions_count[i]; v++)
+            memset(world->versions[i][v] + kept, 0, SECTOR - kept);
+    }
+}
+
 static void do_resize(struct world *world) {
     uint64_t size = some_offset(world);
+    /* As the composer does, lest a size is recorded over what is not durable; requests may come in between. */
+    do_flush(world);
+    if (random_below(&world->random, 2) == 0)
+        do_write(world);
     ae_volume_pause(world->volume);
     if (size < world->size)
         ae_volume_announce_size(world->volume, size);
@@ -339,6 +376,7 @@ static void do_resize(struct world *world) {
     ae_volume_resume(world->volume);
     if (size < world->size)
         model_put(world, NULL, size, world->size);
+    cut_versions(world, size);
     world->size = size;
     CHECK_EQUAL(ae_volume_size(world->volume), size);
     world->chain[0]->parent_visible = ae_layer_parent_visible(world->open[0]);
@@ -399,8 +437,10 @@ static void run_world(uint64_t seed, unsigned steps) {
         uint64_t dice = random_below(&world->random, 100);
         if (most_versions(world) > VERSIONS_MAX - 6)
             do_flush(world);
-        else if (dice < 40)
+        else if (dice < 34)
             do_write(world);
+        else if (dice < 40)
+            do_copy(world);
         else if (dice < 55)
             do_read(world);
         else if (dice < 67)

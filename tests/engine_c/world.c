@@ -16,6 +16,7 @@ void machine_start(struct machine *machine, uint64_t seed) {
     machine->random = random_seed(seed);
     machine->nowait_misses = 30;
     machine->flush_ns = 0;
+    machine->disks_copy = true;
 }
 
 void machine_stop(struct machine *machine) { pthread_mutex_destroy(&machine->mutex); }
@@ -135,13 +136,7 @@ static int disk_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t of
     return disk_leave(disk, 0);
 }
 
-static int disk_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
-    struct disk *disk = ctx;
-    const char *from = buffer;
-    int result = disk_enter(disk, DISK_WRITE);
-    /* One that fails has done its first half. */
-    if (result < 0)
-        length /= 2;
+static void copy_in(struct disk *disk, const char *from, size_t length, uint64_t offset) {
     while (length > 0) {
         size_t within = offset % SECTOR;
         size_t piece = SECTOR - within < length ? SECTOR - within : length;
@@ -152,6 +147,15 @@ static int disk_pwrite(void *ctx, const void *buffer, size_t length, uint64_t of
         if (disk->size_now < offset)
             disk->size_now = offset;
     }
+}
+
+static int disk_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
+    struct disk *disk = ctx;
+    int result = disk_enter(disk, DISK_WRITE);
+    /* One that fails has done its first half. */
+    if (result < 0)
+        length /= 2;
+    copy_in(disk, buffer, length, offset);
     return disk_leave(disk, result);
 }
 
@@ -234,6 +238,22 @@ static int disk_next_hole(void *ctx, uint64_t offset, uint64_t *found) {
     return disk_leave(disk, 0);
 }
 
+/* Under one lock: a copy is all there or not at all. */
+static int disk_copy_from(void *ctx, uint64_t offset, const struct ae_object *source, uint64_t from, size_t length) {
+    struct disk *disk = ctx;
+    if (source->ops->pread != disk_pread || !disk->machine->disks_copy)
+        return -EOPNOTSUPP;
+    char *bytes = malloc(length);
+    CHECK(bytes != NULL);
+    int result = disk_enter(disk, DISK_COPY);
+    if (result == 0) {
+        copy_out(source->ctx, bytes, length, from);
+        copy_in(disk, bytes, length, offset);
+    }
+    free(bytes);
+    return disk_leave(disk, result);
+}
+
 static void disk_close(void *ctx) { (void)ctx; }
 
 static const struct ae_object_ops disk_ops = {
@@ -246,11 +266,12 @@ static const struct ae_object_ops disk_ops = {
     .size = disk_size,
     .next_data = disk_next_data,
     .next_hole = disk_next_hole,
+    .copy_from = disk_copy_from,
     .close = disk_close,
 };
 
 struct ae_object disk_object(struct disk *disk) {
-    return (struct ae_object){.ops = &disk_ops, .ctx = disk};
+    return (struct ae_object){.ops = &disk_ops, .ctx = disk, .first_write_bytes = DISK_FIRST_WRITE_BYTES};
 }
 
 void disk_init(struct disk *disk, struct machine *machine) { *disk = (struct disk){.machine = machine}; }

@@ -11,18 +11,21 @@
 
 #define CHAIN_MAX 64
 
+#define DISK_FIRST_WRITE_BYTES ((uint64_t)4 * AE_SECTOR_BYTES)
+
 /* One mutex over all disks, so that a power cut finds them all at the same moment. */
 struct machine {
     pthread_mutex_t mutex;
     uint64_t random;
     unsigned nowait_misses; /* of 100 reads that must not wait, how many would */
+    bool disks_copy;        /* whether one takes a range of another by itself */
     long flush_ns;          /* how long a flush goes on after it has done its work */
 };
 
 void machine_start(struct machine *machine, uint64_t seed);
 void machine_stop(struct machine *machine);
 
-enum disk_call { DISK_READ, DISK_WRITE, DISK_PUNCH, DISK_TRUNCATE, DISK_FLUSH, DISK_CALLS };
+enum disk_call { DISK_READ, DISK_WRITE, DISK_PUNCH, DISK_TRUNCATE, DISK_FLUSH, DISK_COPY, DISK_CALLS };
 
 struct disk_sector {
     uint64_t number;

@@ -233,7 +233,7 @@ static void test_kept_init(void) {
 
 static void test_init_answer(void) {
     struct answer answer = {.header = {.unique = 7}};
-    struct fuse_init_out out = {.major = 7, .flags = FUSE_BIG_WRITES, .max_write = 4096};
+    struct fuse_init_out out = {.major = 7, .flags = FUSE_BIG_WRITES | FUSE_AUTO_INVAL_DATA, .max_write = 4096};
     memcpy(answer.body, &out, sizeof out);
     size_t whole = sizeof answer.header + sizeof out;
     struct af_offer offer = offered(FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_INIT_EXT | UINT64_C(1) << 36);
@@ -242,7 +242,8 @@ static void test_init_answer(void) {
     CHECK(!af_adjust_init_answer(&answer, whole, &(struct af_offer){0}, DATA_MAX));
     CHECK(af_adjust_init_answer(&answer, whole, &offer, DATA_MAX));
     memcpy(&out, answer.body, sizeof out);
-    CHECK(out.flags == (FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_INIT_EXT)); /* nothing unoffered */
+    /* Nothing unoffered, and the kernel drops its cache only when it is told to. */
+    CHECK(out.flags == (FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_INIT_EXT));
     CHECK(out.flags2 == 1u << 4 && out.max_write == DATA_MAX && out.max_pages == DATA_MAX / 4096);
     answer.header.error = -EPROTO;
     CHECK(!af_adjust_init_answer(&answer, whole, &offer, DATA_MAX));

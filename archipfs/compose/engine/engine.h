@@ -50,6 +50,8 @@ struct ae_object_ops {
 struct ae_object {
     const struct ae_object_ops *ops;
     void *ctx;
+    /* What is written to a place for the first time comes in pieces that end on multiples of this; 0: whole. */
+    size_t first_write_bytes;
 };
 
 /* An object over a file descriptor; it keeps a duplicate of `fd`. */

@@ -130,7 +130,7 @@ static int write_pieces(const struct target *target, const char *buffer, size_t 
         if (set < 0)
             return set;
         if (set) {
-            result = ae_layer_write(target->head, from, piece.length, piece.offset);
+            result = ae_layer_write_first(target->head, from, piece.length, piece.offset);
         } else {
             result = fill_sector(target, &piece, from);
             *fills += 1;

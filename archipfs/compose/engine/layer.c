@@ -462,6 +462,20 @@ int ae_layer_write(struct ae_layer *layer, const void *buffer, size_t length, ui
     return result;
 }
 
+int ae_layer_write_first(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset) {
+    size_t piece_bytes = layer->data.first_write_bytes;
+    const char *from = buffer;
+    int result = 0;
+    while (result == 0 && length > 0) {
+        size_t piece = piece_bytes > 0 ? (size_t)smaller(piece_bytes - offset % piece_bytes, length) : length;
+        result = ae_layer_write(layer, from, piece, offset);
+        from += piece;
+        offset += piece;
+        length -= piece;
+    }
+    return result;
+}
+
 int ae_layer_punch(struct ae_layer *layer, uint64_t offset, uint64_t length) {
     int result = layer->data.ops->punch(layer->data.ctx, offset, length);
     mark_data_dirty(layer);

@@ -71,6 +71,8 @@ int ae_layer_prepare(struct ae_layer *layer, uint64_t first, uint64_t end);
 void ae_layer_set(struct ae_layer *layer, uint64_t first, uint64_t end);
 
 int ae_layer_write(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset);
+/* As ae_layer_write, where something may be written for the first time. */
+int ae_layer_write_first(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset);
 int ae_layer_punch(struct ae_layer *layer, uint64_t offset, uint64_t length);
 /* -EOPNOTSUPP where the layer's data object cannot take it from that one by itself. */
 int ae_layer_copy(struct ae_layer *layer, uint64_t offset, const struct ae_object *source, uint64_t from,

@@ -5,6 +5,10 @@
  * write synchronously would take turns at the inode's lock. Only where the kernel keeps the page cache of other,
  * buffered opens coherent with that, and lets such a file be mapped: since 6.6, which is when it offers
  * DIRECT_IO_ALLOW_MMAP.
+ *
+ * What the kernel caches of a volume is dropped when we say so, and not whenever it sees another time of change
+ * (AUTO_INVAL_DATA, which libfuse asks for). It drops pages whose write is still on its way to us, too: a reader then
+ * fetches the old content behind the write's back, and it stays in the cache after the write has returned.
  */
 #include "wire.h"
 
@@ -20,7 +24,7 @@
 /* Used if offered. HANDLE_KILLPRIV_V2, or every write would first ask for security.capability. */
 #define WANTED                                                                                                         \
     (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ASYNC_DIO | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES |                      \
-     FUSE_HANDLE_KILLPRIV_V2 | AF_DIRECT_IO_ALLOW_MMAP | AF_HAS_RESEND)
+     FUSE_HANDLE_KILLPRIV_V2 | FUSE_EXPLICIT_INVAL_DATA | AF_DIRECT_IO_ALLOW_MMAP | AF_HAS_RESEND)
 
 /* Before 7.36 the body of INIT ended with `flags`. */
 #define INIT_BYTES_LEAST                                                                                               \
@@ -65,6 +69,7 @@ bool af_adjust_init_answer(void *buffer, size_t length, const struct af_offer *o
         return false;
     uint64_t flags = WANTED & offer->flags;
     out.flags |= (uint32_t)flags;
+    out.flags &= ~(uint32_t)FUSE_AUTO_INVAL_DATA;
     if (offer->flags & FUSE_INIT_EXT) {
         if (!(out.flags & FUSE_INIT_EXT))
             out.flags2 = 0;
