@@ -47,7 +47,7 @@ def fio_verifying(volume: Path, seconds: int) -> Iterator[subprocess.Popen[str]]
     """fio writes at depth 16 and reads back what it wrote, all the time; any error or wrong byte fails the test."""
     job = ["fio", "--name=job", f"--filename={volume}", "--size=32M", "--rw=randwrite", "--bs=4k", "--randseed=7"]
     job += ["--ioengine=libaio", "--direct=1", "--iodepth=16", "--time_based", f"--runtime={seconds}"]
-    job += ["--verify=crc32c", "--verify_backlog=512", "--verify_fatal=1"]
+    job += ["--verify=crc32c", "--verify_backlog=512", "--verify_fatal=1", "--verify_state_save=0"]
     fio = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_until(lambda: volume.stat().st_blocks * 512 > MIB or fio.poll() is not None, "fio is at it")
@@ -87,7 +87,7 @@ def test_fio_does_not_notice_kills_close_together(supervised: Instance) -> None:
     chance = random.Random(KILLS)
     volume = create(supervised.path / "vm1", 32 * MIB)
     pauses = Pauses(create(supervised.path / "probe", SECTOR_BYTES))
-    with threads([pauses.task]), fio_verifying(volume, 8):
+    with threads([pauses.task]), fio_verifying(volume, 6):
         for _ in range(KILLS):
             time.sleep(chance.uniform(0, 0.5))
             supervised.wait_for_another_daemon(supervised.kill_daemon())
@@ -100,7 +100,7 @@ def test_fio_does_not_notice_kills_close_together(supervised: Instance) -> None:
 def test_fio_does_not_notice_an_upgrade(supervised: Instance) -> None:
     volume = create(supervised.path / "vm1", 32 * MIB)
     pauses = Pauses(create(supervised.path / "probe", SECTOR_BYTES))
-    with threads([pauses.task]), fio_verifying(volume, 8):
+    with threads([pauses.task]), fio_verifying(volume, 6):
         for _ in range(3):
             old = supervised.daemon_pid()
             done = json.loads(supervised.archip("upgrade", "--format", "json").stdout)

@@ -77,6 +77,7 @@ class Mount:
         self._session: Session | None = None
         self._stopped = False
         self._device: int = -1
+        self._reading = trio.Event()
         self._serving = trio.CancelScope()
         self._undo = ExitStack()
 
@@ -181,10 +182,12 @@ class Mount:
         await self.operations.take_up()
         # Only now: whoever is answered natively must be known to the front.
         await trio.to_thread.run_sync(front.serve)
+        self._reading.set()
 
     async def initialised(self) -> None:
-        """Return once the kernel's first request was answered, and with it settled what the kernel can do."""
+        """Return once requests are read, and the first one was answered that settled what the kernel can do."""
         if self.front is not None:
+            await self._reading.wait()
             await trio.lowlevel.wait_readable(self.front.initialised_fd)
 
     @property
