@@ -76,6 +76,8 @@ class Mount:
         self._upcalls: Upcalls | None = None
         self._session: Session | None = None
         self._stopped = False
+        self._handed_over = False
+        self._all_open = trio.Event()
         self._device: int = -1
         self._serving = trio.CancelScope()
         self._undo = ExitStack()
@@ -173,12 +175,17 @@ class Mount:
                 nursery.start_soon(self._stop_at_end, self.front.ended_fd)
                 nursery.start_soon(self._upcalls.serve)
                 nursery.start_soon(self._begin_serving, self.front)
+            else:
+                self._all_open.set()
             with self._serving:
                 await pyfuse3.main()
+            if self._handed_over:
+                await trio.sleep_forever()  # to return would unmount what is the next daemon's now
             nursery.cancel_scope.cancel()
 
     async def _begin_serving(self, front: Front) -> None:
         await self.operations.take_up()
+        self._all_open.set()
         # Only now: whoever is answered natively must be known to the front.
         await trio.to_thread.run_sync(front.serve)
 
@@ -186,6 +193,10 @@ class Mount:
         """Return once the kernel's first request was answered, and with it settled what the kernel can do."""
         if self.front is not None:
             await trio.lowlevel.wait_readable(self.front.initialised_fd)
+
+    async def taken_up(self) -> None:
+        """Return once everything is open again that the kernel has open, as far as that can be."""
+        await self._all_open.wait()
 
     @property
     def kept(self) -> Kept | None:
@@ -211,6 +222,9 @@ class Mount:
         What takes long is not waited for; the next daemon gets it again.
         """
         if self.front is not None:
+            # First, since libfuse takes the end of its socket, which draining is, for an error that ends the mount.
+            self._handed_over = True
+            pyfuse3.terminate()
             await trio.to_thread.run_sync(self.front.drain)
             with trio.move_on_after(HAND_OVER_SECONDS):
                 await self.operations.idle()
