@@ -125,10 +125,12 @@ class _Life:
             node.status, node.changed = status, changed
             listener = await control.listen(node.config.run_dir, self.control)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(control.serve, node, listener)
                 nursery.start_soon(self._heed, signals)
                 nursery.start_soon(self._serve, nursery.cancel_scope)
                 await mount.initialised()
+                # Until then nobody else may believe that a volume is unused: neither commands nor recovery.
+                await mount.taken_up()
+                nursery.start_soon(control.serve, node, listener)
                 await self._is_ready(listener.socket.fileno())
                 nursery.start_soon(_reclaim_space, node, self.went_on)
                 nursery.start_soon(_watch_locks, node, mount)
