@@ -123,17 +123,28 @@ class _Life:
                 trio.from_thread.run(mount.operations.invalidate, inode_of(VolumeId(volume)), trio_token=token)
 
             node.status, node.changed = status, changed
-            listener = await control.listen(node.config.run_dir, self.control)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._heed, signals)
-                nursery.start_soon(self._serve, nursery.cancel_scope)
-                await mount.initialised()
-                # Until then nobody else may believe that a volume is unused: neither commands nor recovery.
-                await mount.taken_up()
-                nursery.start_soon(control.serve, node, listener)
-                await self._is_ready(listener.socket.fileno())
-                nursery.start_soon(_reclaim_space, node, self.went_on)
-                nursery.start_soon(_watch_locks, node, mount)
+            try:
+                await self._live_mounted(signals)
+            except Exception:
+                if not self._is_kept():
+                    raise
+                # To leave in order would unmount. So we end as if we were killed, and the next daemon goes on.
+                log.exception("bug", pid=os.getpid())
+                os._exit(1)
+
+    async def _live_mounted(self, signals: AsyncIterator[int]) -> None:
+        node, mount = self.node, self.mount
+        listener = await control.listen(node.config.run_dir, self.control)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heed, signals)
+            nursery.start_soon(self._serve, nursery.cancel_scope)
+            await mount.initialised()
+            # Until then nobody else may believe that a volume is unused: neither commands nor recovery.
+            await mount.taken_up()
+            nursery.start_soon(control.serve, node, listener)
+            await self._is_ready(listener.socket.fileno())
+            nursery.start_soon(_reclaim_space, node, self.went_on)
+            nursery.start_soon(_watch_locks, node, mount)
 
     async def _serve(self, life: trio.CancelScope) -> None:
         await self.mount.serve()
