@@ -23,6 +23,7 @@ from archipfs.daemon.sd_notify import forget, notify, store
 from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
+from archipfs.endpoints.fuse.session import Session
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -41,10 +42,13 @@ def goes_on(inherited: Mapping[str, int]) -> bool:
 def wait_to_go_on(inherited: Mapping[str, int]) -> int | None:
     """Wait until the daemon before us has ended; since when nobody serves, on the monotonic clock in nanoseconds.
 
-    ``None`` where no supervisor says it. Raises ``SystemExit`` if it does not want us to go on.
+    ``None`` where no supervisor says it. Raises ``SystemExit`` if it does not want us to go on, and ``DaemonError``
+    for a session that we cannot read: as long as we have not said that we stand by, the daemon before us stays.
     """
     if GO not in inherited:
         return None
+    if SESSION in inherited:
+        Session(inherited[SESSION])
     notify("X_STANDBY=1")
     with open(inherited[GO], encoding="ascii") as pipe:
         since_ns = pipe.read()
