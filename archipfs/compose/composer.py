@@ -6,7 +6,7 @@ crash left behind is recovered before anything else happens to it.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -78,7 +78,7 @@ class _Table:
     ever_open: set[VolumeId] = field(default_factory=set)
     """Those and all that were in it before, unless they were purged."""
     awaited: set[VolumeId] = field(default_factory=set)
-    """Those that somebody has open, and that could not be opened again after a crash so far."""
+    """Those that somebody has open since before a crash, and that were not opened again so far."""
 
 
 class Composer:
@@ -191,6 +191,13 @@ class Composer:
             raise
         return opened
 
+    def await_reopening(self, volumes: Iterable[VolumeId]) -> None:
+        """Before anything else is done with them: somebody has these open since the time of an earlier process.
+
+        Until ``reopen`` they count as open for whoever wants one alone, and for ``recover``.
+        """
+        self._table.awaited.update(volumes)
+
     def reopen(self, volume: VolumeId, generation: int) -> OpenVolume:
         """Use a volume that an earlier process had open, for those who still have; a removed one too.
 
@@ -203,8 +210,8 @@ class Composer:
                 break
         else:
             raise NotFound(f"no volume has the id {volume}; it was open, and is gone")
-        opened = self._join(Found(mapper, found.record))
         self._table.awaited.add(volume)
+        opened = self._join(Found(mapper, found.record))
         try:
             with opened.control:
                 if not opened.started:
@@ -244,6 +251,8 @@ class Composer:
     def _join_alone(self, found: Found, doing: str) -> OpenVolume:
         """As ``_join``, for a volume that nobody uses; its ``control`` is held already. Raises ``Busy``."""
         volume = found.record.id
+        if volume in self._table.awaited:
+            raise Busy(f"{found.record.name} is open; close it before you {doing} it")
         opened = self._make_open(found)
         opened.control.acquire()
         with self._table.changed:
@@ -431,12 +440,10 @@ class Composer:
     def rename(self, name: str, new_name: str, *, replace: bool = False, request: RequestId | None = None) -> None:
         """``replace``: take the name from whichever volume has it, which is removed, as rename(2) does."""
         while True:
-            try:
-                found = self.find(name)
-            except NotFound:
-                if self._done_before(new_name, request) is not None:
-                    return
-                raise
+            # First of all: another volume may have been given the old name since.
+            if self._done_before(new_name, request) is not None:
+                return
+            found = self.find(name)
             if new_name == name:
                 return
             try:
@@ -650,7 +657,8 @@ class Composer:
         if not live:
             return
         for found in list(self.volumes()):
-            if found.record.writable and found.record.layer in live and not self.is_open(found.record.id):
+            in_use = self.is_open(found.record.id) or found.record.id in self._table.awaited
+            if found.record.writable and found.record.layer in live and not in_use:
                 try:
                     with self.using(found) as opened:
                         log.info("recovered", volume=found.record.name, size=opened.size)
@@ -713,6 +721,8 @@ class Composer:
         """A volume was removed: purge it now, or have the last to close it do so. Its ``control`` is held."""
         if opened.started:
             opened.record = record
+            return
+        if opened.id in self._table.awaited:
             return
         opened.mapper.purge(record)
         self._live.forget(record.layer)

@@ -96,14 +96,22 @@ class OpenVolume:
         """As ``start``, for those who had it open when the process before us died, under the lock of ``generation``.
 
         A removed volume too. Raises ``NotFound`` for one that is gone.
+
+        The lock may have been given back since, in order, by who used the volume in this process; the generation says
+        whether another node had it after that.
         """
         if generation:
             record = self.mapper.catalog.volume(self.id).record
             lock = self.mapper.locks.get(self.id)
-            if not self.mapper.locks.holds(self.id, Hold.IO) or lock is None or lock.generation != generation:
+            foreign = lock is not None and lock.node is not None and not self.mapper.locks.is_ours(lock)
+            if lock is None or foreign or lock.generation != generation:
                 self._record, self._fenced = record, True
                 return
         self._start()
+        if generation and self.generation not in (generation, generation + 1):
+            self._fenced = True  # another node had it, or has it, since we looked
+            if self._engine is not None:
+                self._fence(self._engine)
 
     def own(self) -> None:
         """Take the volume's lock and open it for writing. Raises ``LockHeld`` if another node has it."""
@@ -204,6 +212,11 @@ class OpenVolume:
     def generation(self) -> int:
         """Of the lock we hold, 0 if we hold none."""
         return self._lease.generation if self._lease is not None else 0
+
+    @property
+    def fenced(self) -> bool:
+        """Whether our lock was broken: who has the volume open gets errors until everybody has closed it."""
+        return self._fenced
 
     @property
     def owned(self) -> bool:
@@ -486,6 +499,7 @@ class OpenVolume:
         """Write no more, and read no more either: what we have in memory is not what the volume holds now."""
         engine.fence()
         self._fenced = True
+        engine.resume()  # whoever fences while the gate is closed waits, in the next line, for those at the gate
         self._end()
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:

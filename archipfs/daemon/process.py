@@ -24,6 +24,7 @@ from archipfs.daemon.sd_notify import forget, notify, store
 from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
+from archipfs.endpoints.fuse.session import Session
 from archipfs.errors import FAILED_EXIT_CODE, StoreError
 from archipfs.types import VolumeId
 
@@ -46,10 +47,13 @@ def goes_on(inherited: Mapping[str, int]) -> bool:
 def wait_to_go_on(inherited: Mapping[str, int]) -> int | None:
     """Wait until the daemon before us has ended; since when nobody serves, on the monotonic clock in nanoseconds.
 
-    ``None`` where no supervisor says it. Raises ``SystemExit`` if it does not want us to go on.
+    ``None`` where no supervisor says it. Raises ``SystemExit`` if it does not want us to go on, and ``DaemonError``
+    for a session that we cannot read: as long as we have not said that we stand by, the daemon before us stays.
     """
     if GO not in inherited:
         return None
+    if SESSION in inherited:
+        Session(inherited[SESSION])
     notify("X_STANDBY=1")
     with open(inherited[GO], encoding="ascii") as pipe:
         since_ns = pipe.read()
@@ -139,23 +143,24 @@ class _Life:
                 trio.from_thread.run(mount.operations.invalidate, inode_of(VolumeId(volume)), trio_token=token)
 
             node.status, node.changed = status, changed
-            listener = await control.listen(node.config.run_dir, self.control)
             try:
-                await self._work(listener, signals)
+                await self._live_mounted(signals)
             except Exception:
                 if not self._is_kept():
                     raise
-                # A bug is as good as a kill: to end in order would take away what the next daemon can go on with.
-                log.exception("bug", chore="serve")
+                # To leave in order would unmount. So we end as if we were killed, and the next daemon goes on.
+                log.exception("bug", pid=os.getpid())
                 os._exit(FAILED_EXIT_CODE)
 
-    async def _work(self, listener: trio.SocketListener, signals: AsyncIterator[int]) -> None:
+    async def _live_mounted(self, signals: AsyncIterator[int]) -> None:
         node, mount = self.node, self.mount
+        listener = await control.listen(node.config.run_dir, self.control)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(control.serve, node, listener)
             nursery.start_soon(self._heed, signals)
             nursery.start_soon(self._serve, nursery.cancel_scope)
+            # Until then nobody else may believe that a volume is unused: neither commands nor recovery.
             await mount.initialised()
+            nursery.start_soon(control.serve, node, listener)
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)

@@ -8,7 +8,7 @@ import pytest
 
 from archipfs.blockers.fault import FaultPlan, Moment
 from archipfs.compose.composer import Composer
-from archipfs.errors import AlreadyExists, Fenced, LockHeld, NotFound, StoreUnavailable
+from archipfs.errors import AlreadyExists, Busy, Fenced, LockHeld, NotFound, StoreUnavailable
 from archipfs.types import SECTOR_BYTES, RequestId
 from tests.compose.world import World, content_of, crashing, fill, pattern, see
 
@@ -211,3 +211,93 @@ def test_a_reader_stays_a_reader(world: World) -> None:
         again.write(0, b"x")
     second.release(again)
     owner.release(held)
+
+
+def test_what_is_about_to_be_opened_again_counts_as_open(world: World) -> None:
+    """Recovery and other people's requests may come before it: neither may take the volume from who has it open."""
+    set_up(world)
+    first = world.composer()
+    opened = {name: first.open(first.find(name)) for name in ("vm", "other")}
+    for volume in opened.values():
+        volume.write(0, pattern(3))
+    first.remove("other", even_if_open=True)
+    generations = {volume.id: volume.generation for volume in opened.values()}
+    first.abandon()
+    second = world.composer()
+    second.await_reopening(volume.id for volume in opened.values())
+    second.recover()
+    with pytest.raises(Busy):
+        second.rollback("vm", "snap")
+    with pytest.raises(Busy):
+        second.remove("vm")
+    for volume in opened.values():
+        again = second.reopen(volume.id, generations[volume.id])
+        assert again.read(0, SECTOR_BYTES) == pattern(3)
+        again.write(0, pattern(4))
+        again.flush()
+        second.release(again)
+    second.remove("vm")
+    second.reclaim()
+    assert world.problems() == []
+
+
+def test_a_volume_removed_before_it_is_opened_again_stays_for_who_has_it_open(world: World) -> None:
+    set_up(world)
+    first = world.composer()
+    opened = first.open(first.find("other"))
+    opened.write(0, pattern(3))
+    generation = opened.generation
+    first.abandon()
+    second = world.composer()
+    second.await_reopening([opened.id])
+    second.remove("other", even_if_open=True)
+    again = second.reopen(opened.id, generation)
+    assert again.read(0, SECTOR_BYTES) == pattern(3)
+    second.release(again)
+    second.reclaim()
+    assert world.problems() == []
+
+
+def test_a_volume_used_and_closed_before_it_is_opened_again_is_not_fenced(world: World) -> None:
+    """Its lock was given back in order, and nobody else had it since."""
+    set_up(world)
+    first = world.composer()
+    opened = first.open(first.find("vm"))
+    generation = opened.generation
+    first.abandon()
+    second = world.composer()
+    second.await_reopening([opened.id])
+    second.snapshot("vm", "between")
+    assert second.lock_of(second.find("vm")) is None
+    again = second.reopen(opened.id, generation)
+    again.write(0, pattern(4))
+    again.flush()
+    second.release(again)
+    assert content_of(second, "vm")[:SECTOR_BYTES] == pattern(4)
+
+
+def test_a_lock_that_another_node_had_and_gave_back_fences_who_had_it_before(world: World) -> None:
+    set_up(world)
+    first = world.composer()
+    opened = first.open(first.find("vm"))
+    generation = opened.generation
+    first.abandon()
+    second = world.composer()
+    second.await_reopening([opened.id])
+    second.snapshot("vm", "between")
+    fill(world.composer(host="two"), "vm", pattern(5))
+    again = second.reopen(opened.id, generation)
+    assert again.fenced
+    with pytest.raises(Fenced):
+        again.read(0, 1)
+    second.release(again)
+
+
+def test_a_rename_that_comes_again_leaves_alone_who_has_the_old_name_by_now(world: World) -> None:
+    set_up(world)
+    composer = world.composer()
+    composer.rename("vm", "new", request=REQUEST)
+    composer.create("vm", SIZE)
+    composer.rename("vm", "new", replace=True, request=REQUEST)
+    assert content_of(composer, "new") == LATER
+    assert content_of(composer, "vm") == bytes(SIZE)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archipfs.daemon.process import wait_to_go_on
 from archipfs.endpoints.fuse.session import HANDLES_OFFSET, Handle, Session
 from archipfs.errors import DaemonError
 from archipfs.types import VolumeId
@@ -79,3 +80,15 @@ def test_an_empty_file_is_refused() -> None:
     with pytest.raises(DaemonError, match="no header"):
         Session(descriptor)
     os.close(descriptor)
+
+
+def test_who_cannot_read_the_session_does_not_stand_by(session: Session) -> None:
+    """Else the daemon that it comes for would end, and nobody go on with the mount."""
+    os.pwrite(session.descriptor, (2).to_bytes(4, "little"), 8)
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(DaemonError, match="format 2"):
+            wait_to_go_on({"go": reading, "session": session.descriptor})
+    finally:
+        os.close(reading)
+        os.close(writing)

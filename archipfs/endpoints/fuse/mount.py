@@ -76,6 +76,7 @@ class Mount:
         self._upcalls: Upcalls | None = None
         self._session: Session | None = None
         self._stopped = False
+        self._handed_over = False
         self._device: int = -1
         self._reading = trio.Event()
         self._serving = trio.CancelScope()
@@ -176,6 +177,8 @@ class Mount:
                 nursery.start_soon(self._begin_serving, self.front)
             with self._serving:
                 await pyfuse3.main()
+            if self._handed_over:
+                await trio.sleep_forever()  # to return would unmount what is the next daemon's now
             nursery.cancel_scope.cancel()
 
     async def _begin_serving(self, front: Front) -> None:
@@ -185,7 +188,8 @@ class Mount:
         self._reading.set()
 
     async def initialised(self) -> None:
-        """Return once requests are read, and the first one was answered that settled what the kernel can do."""
+        """Return once everything is open again that the kernel has open, requests are read, and the first one was
+        answered, which settled what the kernel can do."""
         if self.front is not None:
             await self._reading.wait()
             await trio.lowlevel.wait_readable(self.front.initialised_fd)
@@ -214,7 +218,9 @@ class Mount:
         What takes long is not waited for; the next daemon gets it again.
         """
         if self.front is not None:
-            pyfuse3.terminate()  # first: it takes the front's end for a broken /dev/fuse
+            # First, since libfuse takes the end of its socket, which draining is, for an error that ends the mount.
+            self._handed_over = True
+            pyfuse3.terminate()
             await trio.to_thread.run_sync(self.front.drain)
             with trio.move_on_after(HAND_OVER_SECONDS):
                 await self.operations.idle()

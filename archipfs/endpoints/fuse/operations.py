@@ -401,13 +401,17 @@ class VolumeOperations(pyfuse3.Operations):
         """
         if self.numbering is None:
             return
+        handles = self.numbering.session.handles()
+        self._composer.await_reopening(handle.volume for handle in handles)
         async with trio.open_nursery() as nursery:
-            for handle in self.numbering.session.handles():
+            for handle in handles:
                 nursery.start_soon(self._take_up, handle)
 
     async def _take_up(self, handle: Handle) -> None:
         try:
-            await self.opened(handle.number)
+            volume = await self.opened(handle.number)
+            if volume.fenced:
+                await self.invalidate(inode_of(volume.id))
         except (ArchipError, OSError) as error:
             log.error("not opened again", volume=handle.volume, error=str(error))
 
