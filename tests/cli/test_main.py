@@ -25,6 +25,7 @@ COMMANDS = [
     "mount",
     "status",
     "umount",
+    "upgrade",
     "volume-clone",
     "volume-close",
     "volume-create",
