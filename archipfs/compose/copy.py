@@ -5,6 +5,9 @@ Three ways, tried in this order; docs/architecture.md, "Copies of ranges, and io
 1. *A clone*: the beginning of a volume, into an empty one.
 2. *An extension*: what follows, in pieces, into a volume that has become a clone so.
 3. *A copy* inside the store: anything else.
+
+Programs that look for holes ask for the data between them only. So the first two may begin beyond the target's end,
+where the source has a hole in between, which comes with the rest.
 """
 
 from collections.abc import Iterator
@@ -71,12 +74,24 @@ def _share(
     """A clone or an extension; ``None`` if it cannot be either."""
     if source.id == target.id or source.mapper is not target.mapper or not source.owned:
         return None
-    if not source_offset == target_offset == target.size:
+    if source_offset != target_offset or target.size > target_offset:
+        return None
+    if not _is_hole(reader, target.size, target_offset):
         return None
     with _both_controlled(source, target):
+        if target.size > target_offset:
+            return None  # somebody wrote there meanwhile
         if target.size == 0:
-            return _clone(source, target, length)
+            return _clone(source, reader, target, target_offset, target_offset + length)
         return _extend(reader, target, target_offset, target_offset + length)
+
+
+def _is_hole(reader: EngineVolume, offset: int, end: int) -> bool:
+    """Whether there is no data in the range, which may be empty."""
+    if offset == end:
+        return True
+    data = reader.seek_data(offset)
+    return data is None or data >= end
 
 
 @contextmanager
@@ -88,12 +103,15 @@ def _both_controlled(one: OpenVolume, other: OpenVolume) -> Iterator[None]:
         yield
 
 
-def _clone(source: OpenVolume, target: OpenVolume, length: int) -> Copied | None:
+def _clone(source: OpenVolume, reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied | None:
     record = source.record
     if record.name is None:
         return None  # whoever removed it may be deleting its layers
     frozen = source.freeze() if record.writable else Frozen(record.layer, record.size)
-    visible = min(length, frozen.size)
+    visible = min(end, frozen.size)
+    # The layer itself must have the hole. Bits above it are looked for afterwards: they may come, but never go.
+    if offset and not (_is_hole(reader, 0, offset) and reader.shows_until(frozen.layer, 0, offset) == offset):
+        return None
     mapper = target.mapper
     # The layer's own limit lets all shine through, for extensions: the volume's record has what counts.
     with mapper.new_layer(frozen.layer, VOLUME_BYTES_MAX) as head:
@@ -102,19 +120,20 @@ def _clone(source: OpenVolume, target: OpenVolume, length: int) -> Copied | None
             mapper.still_there(record)
         except NotFound:
             return None
-        if visible == 0 or not target.become_clone(head.id, visible, source.id):
+        if visible <= offset or not target.become_clone(head.id, visible, source.id):
             return None
     log.info("copied as a clone", volume=target.name, origin=source.name, size=visible)
-    return Copied(visible, leaves_layer=True)
+    return Copied(visible - offset, leaves_layer=True)
 
 
 def _extend(reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied | None:
+    shown = target.size
     head = target.mapper.catalog.layer(target.record.layer).record
     end = min(end, head.parent_visible)
-    if head.parent is None or end <= offset:
+    if head.parent is None or end <= offset or not _is_hole(reader, shown, offset):
         return None
     # Where the source has been written since it became a clone, it shows something else.
-    until = reader.shows_until(head.parent, offset, end)
-    if until is None or until == offset or not target.extend(offset, until):
+    until = reader.shows_until(head.parent, shown, end)
+    if until is None or until <= offset or not target.extend(shown, until):
         return None
     return Copied(until - offset)

@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from archipfs.daemon.sd_notify import forget, notify, store
 from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
+from archipfs.errors import FAILED_EXIT_CODE, StoreError
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
 
 HOUSEKEEPING_SECONDS = 1.0
+STORE_RETRY_SECONDS = 1.0
 HANDED_OVER_EXIT_CODE = 75
 """EX_TEMPFAIL: not the end, also for a service manager that starts again only what failed."""
 SESSION, CONTROL = "session", "control"
@@ -76,7 +79,8 @@ def serve(
     with exclusive(config, holder={"pid": os.getpid(), "mountpoint": str(mountpoint)}, inherited=inherited) as locks:
         if not config.backends:
             config = create_default_backend(config)
-        with open_node(config, recover=kept is None) as node:
+        with ExitStack() as stack:
+            node = stack.enter_context(open_node(config)) if kept is None else _open_patiently(config, stack)
             mount = Mount(node.composer, mountpoint, front=front, threads=threads, kept=kept)
             life = _Life(node, mount, ready, locks, inherited.get(CONTROL), since_ns, went_on=kept is not None)
             trio.run(life.live)
@@ -84,6 +88,16 @@ def serve(
             for name in life.left_with_manager:
                 forget(name)
     log.info("ended", mountpoint=str(mountpoint))
+
+
+def _open_patiently(config: Config, stack: ExitStack) -> Node:
+    """The node, as soon as its store can be reached: there are programs that have files open, and they wait."""
+    while True:
+        try:
+            return stack.enter_context(open_node(config, recover=False))
+        except StoreError as error:
+            log.error("cannot go on yet, it is tried again", error=str(error))
+            time.sleep(STORE_RETRY_SECONDS)
 
 
 @dataclass
@@ -126,14 +140,25 @@ class _Life:
 
             node.status, node.changed = status, changed
             listener = await control.listen(node.config.run_dir, self.control)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(control.serve, node, listener)
-                nursery.start_soon(self._heed, signals)
-                nursery.start_soon(self._serve, nursery.cancel_scope)
-                await mount.initialised()
-                await self._is_ready(listener.socket.fileno())
-                nursery.start_soon(_reclaim_space, node, self.went_on)
-                nursery.start_soon(_watch_locks, node, mount)
+            try:
+                await self._work(listener, signals)
+            except Exception:
+                if not self._is_kept():
+                    raise
+                # A bug is as good as a kill: to end in order would take away what the next daemon can go on with.
+                log.exception("bug", chore="serve")
+                os._exit(FAILED_EXIT_CODE)
+
+    async def _work(self, listener: trio.SocketListener, signals: AsyncIterator[int]) -> None:
+        node, mount = self.node, self.mount
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(control.serve, node, listener)
+            nursery.start_soon(self._heed, signals)
+            nursery.start_soon(self._serve, nursery.cancel_scope)
+            await mount.initialised()
+            await self._is_ready(listener.socket.fileno())
+            nursery.start_soon(_reclaim_space, node, self.went_on)
+            nursery.start_soon(_watch_locks, node, mount)
 
     async def _serve(self, life: trio.CancelScope) -> None:
         await self.mount.serve()

@@ -138,6 +138,13 @@ static void test_holes_stay_holes(void) {
     CHECK_EQUAL(ae_copy(b, 12 * MIB, a, 12 * MIB, 8 * MIB), 8 * MIB);
     CHECK_EQUAL(get(&pair->b, 16 * MIB), 0);
     CHECK_EQUAL(ae_seek_data(b, 8 * MIB + SECTOR), -ENXIO);
+    /* One whose sectors all have their bits. */
+    put(&pair->a, 24 * MIB, 4 * SECTOR, 'c');
+    CHECK_EQUAL(ae_discard(a, 24 * MIB + SECTOR, 2 * SECTOR), 0);
+    CHECK_EQUAL(ae_copy(b, 24 * MIB, a, 24 * MIB, MIB), MIB);
+    CHECK_EQUAL(ae_seek_hole(b, 24 * MIB), 24 * MIB + SECTOR);
+    CHECK_EQUAL(ae_seek_data(b, 24 * MIB + SECTOR), 24 * MIB + 3 * SECTOR);
+    CHECK_EQUAL(get(&pair->b, 24 * MIB + 3 * SECTOR), 'c');
     pair_end(pair);
 }
 
@@ -161,6 +168,7 @@ static void test_object_to_object(void) {
     disk_fail(to, DISK_COPY, 1, -EOPNOTSUPP);
     to->keeps_failing = true;
     put(&pair->a, 0, 8 * SECTOR, 'c');
+    CHECK_EQUAL(ae_discard(a, 4 * SECTOR, SECTOR), 0);
     CHECK_EQUAL(ae_copy(b, 0, a, 0, 8 * SECTOR), 8 * SECTOR);
     CHECK_EQUAL(to->calls[DISK_COPY], 2);
     CHECK_EQUAL(get(&pair->b, 8 * SECTOR - 1), 'c');

@@ -565,6 +565,7 @@ static void test_upcalls_go_their_own_way_as_they_came(void) {
     CHECK(!readable(bench.upcalled, 0) && !readable(bench.libfuse, 0) && !readable(bench.kernel, 0));
     af_front_drain(bench.front);
     char byte;
+    CHECK(readable(bench.upcalled, LONG_MS));
     CHECK_EQUAL(recv(bench.upcalled, &byte, 1, 0), 0); /* its reader sees the end */
     bench_stop(&bench);
 }

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from tests.guest.machine import Guest, Image, build_image, fill
+from tests.lib.waiting import wait_until
 
 VOLUME_BYTES = 2 << 30
+TRIMMED_BYTES = 40_000_000
 
 # Numbers go to a file, each made durable before it is acknowledged in memory.
 WRITER = """
@@ -125,5 +127,27 @@ def test_a_guest_boots_again_after_its_daemon_was_killed(
     mount.remount()
     with Guest(volume, image, console=tmp_path / "after") as guest:
         assert_numbers(guest, durable)
+        trim_gives_space_back(mount, volume, guest)
         guest.shutdown()
     assert_file_system_clean(volume)
+
+
+def trim_gives_space_back(mount: Any, volume: Path, guest: Guest) -> None:
+    """What the guest deletes and trims is gone from the host: by ``du``, and by what archip says is written."""
+
+    def on_host_bytes() -> int:
+        return 1024 * int(
+            subprocess.run(["du", "-k", volume], check=True, capture_output=True, text=True).stdout.split()[0]
+        )
+
+    def written_bytes() -> int:
+        return int(mount.json("volume-info", "vm1")["written"])
+
+    guest.check("fstrim /; sync")  # what was free before this test began
+    before = on_host_bytes(), written_bytes()
+    guest.check(f"head -c {TRIMMED_BYTES} /dev/urandom >/data/large; sync")
+    wait_until(lambda: on_host_bytes() > before[0] + TRIMMED_BYTES * 3 // 4, "it is on the host")
+    assert written_bytes() > before[1] + TRIMMED_BYTES * 3 // 4
+    guest.check("rm /data/large; sync; fstrim /")
+    wait_until(lambda: on_host_bytes() < before[0] + TRIMMED_BYTES // 4, "the space is back")
+    assert written_bytes() < before[1] + TRIMMED_BYTES // 4

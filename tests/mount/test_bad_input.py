@@ -21,6 +21,9 @@ pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 
+both_ways = pytest.mark.parametrize("front", [True, False], ids=["front", "plain"])
+"""For what passes another way through the daemon; most of what is here does not."""
+
 # Mounting
 
 
@@ -219,10 +222,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True, timeout=60)
 
 
+@both_ways
 def test_a_full_disk_is_enospc_to_the_writer_and_harms_nobody_else(
-    small_disk: Path, make_instance: MakeInstance
+    small_disk: Path, make_instance: MakeInstance, front: bool
 ) -> None:
-    instance = make_instance(store=small_disk / "store").mount()
+    instance = make_instance(store=small_disk / "store", front=front).mount()
     instance.expect_log("ENOSPC|No space|StoreFull")
     other = create(instance.path / "other", MIB)
     other.write_bytes(b"o" * MIB)
@@ -259,9 +263,12 @@ def test_a_full_disk_is_enospc_to_the_writer_and_harms_nobody_else(
     instance.check()
 
 
-def test_a_full_store_is_emptied_by_removing_a_volume(small_disk: Path, make_instance: MakeInstance) -> None:
+@both_ways
+def test_a_full_store_is_emptied_by_removing_a_volume(
+    small_disk: Path, make_instance: MakeInstance, front: bool
+) -> None:
     """Also when there is no block left to write down that it is removed: how else should room be made."""
-    instance = make_instance(store=small_disk / "store").mount()
+    instance = make_instance(store=small_disk / "store", front=front).mount()
     instance.expect_log("ENOSPC|No space|StoreFull")
     volume = create(instance.path / "vm1", 256 * MIB)
     with opened(volume) as descriptor:

@@ -177,6 +177,110 @@ def test_each_piece_holds_what_the_source_held_when_it_was_copied(mount: Instanc
     assert (read_all(source), read_all(target)) == (model, copied)
 
 
+def copy_data(source: int, target: int) -> None:
+    """As cp(1) of newer coreutils does it: only where there is data, then the size."""
+    size, offset = os.fstat(source).st_size, 0
+    while offset < size:
+        try:
+            offset = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break
+        end = min(size, os.lseek(source, offset, os.SEEK_HOLE))
+        assert copy_range(source, target, end - offset, offset, offset) == end - offset
+        offset = end
+    os.ftruncate(target, size)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["volume", "snapshot"])
+@pytest.mark.parametrize("first", [0, 3 * MIB])
+def test_holes_that_are_left_out_are_no_end_to_sharing(mount: Instance, first: int, frozen: bool) -> None:
+    source = create(mount.path / "vm1", 64 * MIB)
+    content = bytearray(64 * MIB)
+    with opened(source) as descriptor:
+        for offset in range(first, 64 * MIB, 7 * MIB):
+            data = os.urandom(MIB)
+            content[offset : offset + MIB] = data
+            os.pwrite(descriptor, data, offset)
+    source = snapshot(source, "monday") if frozen else source
+    before = mount.stored_bytes()
+    with opened(source, os.O_RDONLY) as one, opened(mount.path / "vm2", os.O_RDWR | os.O_CREAT) as other:
+        copy_data(one, other)
+    assert mount.stored_bytes() - before < BOOKKEEPING_BYTES
+    assert fact(mount.path / "vm2", "parent") == source.name
+    assert read_all(mount.path / "vm2") == content
+    mount.remount()
+    assert read_all(mount.path / "vm2") == content
+
+
+@pytest.mark.parametrize("begun", [0, MIB // 2])
+@pytest.mark.parametrize("hidden", [False, True], ids=["data", "discarded data"])
+def test_data_that_is_left_out_stays_out(mount: Instance, begun: int, hidden: bool) -> None:
+    """Also where the source shows a hole by now, over a layer that the copy would share and that has data there."""
+    source = mount.path / "vm1"
+    source.write_bytes(b"x" * 2 * MIB)
+    with opened(source) as one, opened(mount.path / "vm2", os.O_RDWR | os.O_CREAT) as other:
+        assert os.copy_file_range(one, other, begun, 0, 0) == begun
+        if hidden:
+            fcntl.ioctl(one, SNAPSHOT, encode_name("monday"))
+            subprocess.run(
+                ["fallocate", "-p", "-o", str(begun), "-l", str(MIB - begun), source], check=True, timeout=20
+            )
+        assert copy_range(one, other, MIB, MIB, MIB) == MIB
+        wanted = b"x" * begun + bytes(MIB - begun) + b"x" * MIB
+        assert os.pread(other, 2 * MIB, 0) == wanted
+    mount.remount()
+    assert read_all(mount.path / "vm2") == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_out_stays_out_unless_it_was_a_hole(mount: Instance, seed: int) -> None:
+    """Ranges further and further on, with gaps that hold data, holes, or what was written a moment ago."""
+    dice = random.Random(seed)
+    size = 2 * MIB
+    model, copied = bytearray(size), bytearray()
+    source, target = create(mount.path / "vm1", size), mount.path / "vm2"
+    with opened(source) as one, opened(target, os.O_RDWR | os.O_CREAT) as other:
+
+        def change(descriptor: int, held: bytearray) -> None:
+            offset, length = dice.randrange(size) // 512 * 512, dice.choice([512, SECTOR_BYTES, 40000, 300000])
+            length = min(length, len(held) - offset)
+            if length <= 0:
+                return
+            if dice.randrange(2):
+                data = dice.randbytes(length)
+                os.pwrite(descriptor, data, offset)
+            else:
+                data = bytes(length)
+                punch = ["fallocate", "-p", "-o", str(offset), "-l", str(length), f"/proc/self/fd/{descriptor}"]
+                subprocess.run(punch, check=True, pass_fds=[descriptor], timeout=20)
+            held[offset : offset + length] = data
+
+        for _ in range(dice.randrange(12)):
+            change(one, model)
+        while len(copied) < size - 50000:
+            start = min(size, len(copied) + dice.choice([0, 0, 4096, 20000, 60000, 300000]))
+            count = os.copy_file_range(one, other, dice.choice([4096, 50000, 400000]), start, start)
+            if count:
+                copied[len(copied) :] = bytes(start - len(copied)) + model[start : start + count]
+            assert os.pread(other, size, 0) == copied
+            for _ in range(dice.randrange(3)):
+                change(one, model)
+            match dice.randrange(8):
+                case 0:
+                    change(other, copied)
+                case 1:
+                    fcntl.ioctl(dice.choice([one, other]), SNAPSHOT, encode_name(f"s{start}"))
+        # Nor does anything come to light later.
+        os.ftruncate(other, size)
+        copied[len(copied) :] = bytes(size - len(copied))
+        assert os.pread(other, size, 0) == copied
+        assert os.pread(one, size, 0) == model
+    mount.remount()
+    assert (read_all(source), read_all(target)) == (model, copied)
+
+
 # Ranges
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, mount_type, process_lives
 from tests.lib.stream import Stream, streams_of
+from tests.lib.usage import given_back
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
 
@@ -320,6 +321,40 @@ def test_it_ends_under_load_without_hanging_and_keeps_what_it_acknowledged(
     content = read_all(volume)
     for stream in streams:
         stream.expect_prefix(content, stream.acknowledged, stream.issued)
+
+
+def test_what_killed_and_interrupted_programs_held_is_given_back(mount: Instance) -> None:
+    """fio and qemu die in the middle of what they do: asynchronous, mapped, synchronous, flushing, punching."""
+    volume = create(mount.path / "vm1", 64 * MIB)
+    fio = ["fio", "--name=job", f"--filename={volume}", "--size=64M", "--rw=randrw", "--bs=16k", "--thread"]
+    fio += ["--time_based", "--runtime=60", "--fdatasync=8", "--output=/dev/null"]
+    programs: list[list[str | Path]] = [
+        [*fio, "--ioengine=libaio", "--direct=1", "--iodepth=64"],
+        [*fio, "--ioengine=io_uring", "--direct=1", "--iodepth=64"],
+        [*fio, "--ioengine=mmap"],
+        [*fio, "--ioengine=psync", "--numjobs=4"],
+        ["qemu-img", "bench", "-f", "raw", "-w", "-t", "none", "-i", "native", "-c", "9999999", "-d", "64", volume],
+    ]
+
+    def kill_all(number: signal.Signals) -> None:
+        for program in programs:
+            running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                before = volume.stat().st_mtime_ns
+                wait_until(lambda before=before: volume.stat().st_mtime_ns > before, "it writes")  # type: ignore[misc]
+                assert running.poll() is None, f"{program} ended by itself"
+            finally:
+                running.send_signal(number)
+                running.wait(timeout=30)
+
+    kill_all(signal.SIGKILL)
+    wait_until(lambda: fact(volume, "state") == "closed", "all that they had open is closed")
+    with given_back(mount):
+        for number in (signal.SIGKILL, signal.SIGINT):
+            kill_all(number)
+        wait_until(lambda: fact(volume, "state") == "closed", "all that they had open is closed")
+    volume.write_bytes(b"works")
+    assert read_all(volume) == b"works"
 
 
 def test_threads_and_descriptors_do_not_grow(mount: Instance) -> None:

@@ -20,6 +20,12 @@ from tests.lib.waiting import Task, threads, wait_until
 
 pytestmark = pytest.mark.mount
 
+
+@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
+def front(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 MIB = 1 << 20
 VOLUME_BYTES = 16 * MIB
 

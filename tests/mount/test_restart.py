@@ -236,6 +236,26 @@ def expect_no_error(fio: subprocess.Popen[str]) -> float:
     return max(float(job[kind]["clat_ns"]["max"]) for kind in ("read", "write")) / 1e9
 
 
+def test_a_store_that_is_away_when_the_daemon_dies_is_waited_for(make_instance: Callable[..., Instance]) -> None:
+    mount = make_instance(supervised=True).mount()
+    mount.expect_log("cannot go on yet")
+    volume = create(mount.path / "vm1", MIB)
+    away = mount.store.with_name("away")
+    with opened(volume, os.O_RDWR | os.O_DIRECT) as descriptor:
+        os.pwrite(descriptor, b"x" * SECTOR_BYTES, 0)
+        mount.store.rename(away)
+        mount.kill_daemon()
+        writer = threading.Thread(target=lambda: os.pwrite(descriptor, b"y" * SECTOR_BYTES, SECTOR_BYTES), daemon=True)
+        writer.start()
+        wait_until(lambda: mount.logged("cannot go on yet"), "the daemon has seen that its store is away")
+        assert writer.is_alive(), "a write was answered without a store"
+        away.rename(mount.store)
+        writer.join(timeout=20)
+        assert not writer.is_alive()
+        os.fsync(descriptor)
+    assert read_all(volume)[: 2 * SECTOR_BYTES] == b"x" * SECTOR_BYTES + b"y" * SECTOR_BYTES
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_at_random_moments_are_pauses(make_instance: Callable[..., Instance], tmp_path: Path) -> None:

@@ -15,6 +15,12 @@ from tests.lib.waiting import Task, threads, wait_until
 
 pytestmark = pytest.mark.mount
 
+
+@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
+def front(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 VOLUME_BYTES = 8 << 20
 SLOTS = 96
 SNAPSHOTS = 20

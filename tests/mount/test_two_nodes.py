@@ -17,16 +17,22 @@ from tests.lib.waiting import Task, threads, wait_until
 
 pytestmark = pytest.mark.mount
 
+
+@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
+def front(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 MIB = 1 << 20
 CACHED_SECONDS = 3.0
 """How long a node may believe names and attributes that another one has changed, and some more."""
 
 
 @pytest.fixture
-def nodes(make_instance: MakeInstance) -> tuple[Instance, Instance]:
+def nodes(make_instance: MakeInstance, front: bool) -> tuple[Instance, Instance]:
     """Two nodes whose default backend is the same directory, both mounted."""
-    first = make_instance()
-    second = make_instance(store=first.store)
+    first = make_instance(front=front)
+    second = make_instance(store=first.store, front=front)
     first.mount()
     return first, second.mount()
 

@@ -111,10 +111,10 @@ def bench_fio(options: argparse.Namespace) -> None:
             raise CannotRun("none of the targets can run here")
         samples = measure(targets, bench.size_bytes, options.seconds, options.rounds)
         memory = memory_table(targets)
-    title = f"fio, {options.gib:g} GiB, median of {options.rounds} × {options.seconds:g} s"
-    names = list(targets)
-    body = "\n\n".join([speed_table(samples, names), cpu_table(samples, names), memory, *missing])
-    report(title, body, load=load, record=options.record)
+        title = f"fio, {options.gib:g} GiB, median of {options.rounds} × {options.seconds:g} s"
+        names = list(targets)
+        body = "\n\n".join([speed_table(samples, names), cpu_table(samples, names), memory, *missing])
+        report(title, body, load=load, record=options.record)
 
 
 def target_names(text: str) -> list[str]:

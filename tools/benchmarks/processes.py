@@ -131,13 +131,12 @@ class Memory:
     resident: int
     proportional: int
     anonymous: int
-    shared_memory: int
+    """Of the resident: its own. The rest are files and shared memory: programs, live bitmaps."""
 
     @classmethod
     def of(cls, pid: int) -> "Memory":
-        status = _kilobytes(Path(f"/proc/{pid}/status"))
         rollup = _kilobytes(Path(f"/proc/{pid}/smaps_rollup"))
-        return cls(rollup["Rss"], rollup["Pss"], status["RssAnon"], status["RssShmem"])
+        return cls(rollup["Rss"], rollup["Pss"], rollup["Anonymous"])
 
     @classmethod
     def sum(cls, parts: "Iterator[Memory]") -> "Memory":
@@ -146,7 +145,6 @@ class Memory:
             sum(part.resident for part in each),
             sum(part.proportional for part in each),
             sum(part.anonymous for part in each),
-            sum(part.shared_memory for part in each),
         )
 
 

@@ -54,8 +54,8 @@ def bench_snapshots(options: argparse.Namespace) -> None:
             rows.append(["snapshot", label, *spread(clean)])
             rows.append(["snapshot, 0.2 s of random writes not flushed", label, *spread(dirty)])
             rows.append(["clone of a snapshot", label, *spread(clones)])
-    body = markdown_table([f"of {options.count}, in ms, in the daemon", "volume", "median", "longest"], rows)
-    report("snapshots and clones", body, load=load, record=options.record)
+        body = markdown_table([f"of {options.count}, in ms, in the daemon", "volume", "median", "longest"], rows)
+        report("snapshots and clones", body, load=load, record=options.record)
 
 
 # What they do to writes
@@ -103,23 +103,23 @@ def bench_stalls(options: argparse.Namespace) -> None:
             busy = write_beside_snapshots(bench.archipfs, volume, bench.size_bytes, options.count, options.pause)
             rounds.append(Round(quiet, *busy))
             os.unlink(volume)
-    rows = [
-        ["no snapshots", *middle([each.quiet for each in rounds]), ""],
-        [
-            f"{options.count} snapshots in {median([each.took_s for each in rounds], '.1f')} s",
-            *middle([each.busy for each in rounds]),
-            median([ratio(each.busy.p999, each.quiet.p999) for each in rounds], ".2f"),
-        ],
-    ]
-    head = [f"{LOAD.name}, latency in µs", "p50", "p99", "p99.9", "longest", "p99.9 : quiet p99.9"]
-    all_ms = [value for each in rounds for value in each.snapshot_ms]
-    taken = f"Of a snapshot, in the daemon: median {spread(all_ms)[0]} ms, longest {spread(all_ms)[1]} ms."
-    report(
-        f"writes beside snapshots, 1 GiB, median of {options.rounds} rounds",
-        f"{markdown_table(head, rows)}\n\n{taken}",
-        load=load,
-        record=options.record,
-    )
+        rows = [
+            ["no snapshots", *middle([each.quiet for each in rounds]), ""],
+            [
+                f"{options.count} snapshots in {median([each.took_s for each in rounds], '.1f')} s",
+                *middle([each.busy for each in rounds]),
+                median([ratio(each.busy.p999, each.quiet.p999) for each in rounds], ".2f"),
+            ],
+        ]
+        head = [f"{LOAD.name}, latency in µs", "p50", "p99", "p99.9", "longest", "p99.9 : quiet p99.9"]
+        all_ms = [value for each in rounds for value in each.snapshot_ms]
+        taken = f"Of a snapshot, in the daemon: median {spread(all_ms)[0]} ms, longest {spread(all_ms)[1]} ms."
+        report(
+            f"writes beside snapshots, 1 GiB, median of {options.rounds} rounds",
+            f"{markdown_table(head, rows)}\n\n{taken}",
+            load=load,
+            record=options.record,
+        )
 
 
 def middle(latencies: list[Latency]) -> list[str]:

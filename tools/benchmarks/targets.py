@@ -82,11 +82,14 @@ class Archipfs:
 
 
 class Bench:
-    """One run: a directory to work in, and an archipfs that is mounted when the first target asks for it."""
+    """One run: a directory to work in, and an archipfs that is mounted when the first target asks for it.
+
+    Report before the stack is unwound: removing layers in hundreds of thousands of extents may take minutes.
+    """
 
     def __init__(self, stack: ExitStack, parent: str, archip: str, size_bytes: int = 0) -> None:
         """``size_bytes`` of the volumes that the targets make."""
-        made = tempfile.TemporaryDirectory(prefix="archipfs-bench-", dir=parent, ignore_cleanup_errors=True)
+        made = tempfile.TemporaryDirectory(prefix="archipfs-bench-", dir=parent)
         self.directory = Path(stack.enter_context(made))
         self.size_bytes = size_bytes
         self._stack = stack
