@@ -185,8 +185,9 @@ class _Life:
         pause = {"pause_ms": self.pause_ms} if self.pause_ms is not None else {}
         mountpoint = str(self.mount.mountpoint)
         log.info(event, mountpoint=mountpoint, pid=os.getpid(), backends=list(self.node.config.backends), **pause)
-        self.ready(notes)
+        # First the service manager: from the moment that our user knows of the mount, a death must not end it.
         await trio.to_thread.run_sync(notify, f"READY=1\nSTATUS=mounted at {mountpoint}")
+        self.ready(notes)
 
     async def _heed(self, signals: AsyncIterator[int]) -> None:
         """SIGTERM and SIGINT stop us. So does SIGHUP, unless somebody keeps the mount: then the next daemon gets it."""

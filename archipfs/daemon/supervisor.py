@@ -8,7 +8,7 @@ daemon has its code loaded and waits for the old one's end. And a daemon that go
 
 It is a program by itself, run by its path, made of this file and the standard library. All of that is imported when it
 starts: the package on the disk may be another one by the time it is needed. Nothing here opens a file of the mount, for
-it would wait for a daemon that waits for us.
+it would wait for a daemon that waits for us. (No dataclasses either: what they import would be a fifth of its memory.)
 
 One thread, one loop: notifications, ends of processes (pidfds), signals (a wakeup socket) and requests for an upgrade
 are all descriptors in one selector. What a process sent is read before its end is looked at.
@@ -27,7 +27,6 @@ import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 SOCKET_NAME = "upgrade.sock"
 """In the run directory. Whoever connects asks for an upgrade, and gets one line of JSON when it is done or has failed:
@@ -56,15 +55,15 @@ _FAILED_EXIT_CODE = 1
 _GONE = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 
-@dataclass(frozen=True)
 class Plan:
     """What to supervise; it arrives as JSON in the first argument."""
 
-    command: list[str]
-    mountpoint: str
-    run_dir: str
-    log: str
-    """Where the daemon's log is, for people."""
+    def __init__(self, *, command: list[str], mountpoint: str, run_dir: str, log: str) -> None:
+        """``log`` says where the daemon's log is, for people."""
+        self.command = command
+        self.mountpoint = mountpoint
+        self.run_dir = run_dir
+        self.log = log
 
 
 def fields_of(datagram: bytes) -> Mapping[str, str]:
@@ -84,11 +83,11 @@ def ending_of(status: int) -> str:
         return f"signal {-code}"
 
 
-@dataclass
 class Deaths:
     """How the daemon died lately."""
 
-    _each: list[tuple[float, str]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._each: list[tuple[float, str]] = []
 
     def add(self, now: float, how: str) -> bool:
         """Whether that was one too many: ``DEATHS_MAX`` within ``DEATHS_SECONDS``."""
@@ -125,18 +124,18 @@ class Store:
             self.remove(name)
 
 
-@dataclass(eq=False)
 class Daemon:
     """One process that we started."""
 
-    pid: int
-    pidfd: int
-    go: int | None
-    """Our end of the pipe on which it waits; ``None`` if it does not have to, or was told already."""
-    ready: bool = False
-    stopping: bool = False
-    handing_over: bool = False
-    """It was told to."""
+    def __init__(self, pid: int, go: int | None) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.go = go
+        """Our end of the pipe on which it waits; ``None`` if it does not have to, or was told already."""
+        self.ready = False
+        self.stopping = False
+        self.handing_over = False
+        """It was told to."""
 
     def send(self, number: signal.Signals) -> None:
         """It is not reaped yet, so that the number means this process and no other."""
@@ -191,7 +190,7 @@ def start(plan: Plan, stored: Mapping[str, int], *, notify_address: str, waiting
     finally:
         if waiting:
             os.close(passed[GO])
-    return Daemon(pid, os.pidfd_open(pid), go)
+    return Daemon(pid, go)
 
 
 class Supervisor:

@@ -70,8 +70,8 @@ def serve_deaf() -> None:
 
 
 def ready() -> None:
-    happened("ready")
     notify("READY=1\nSTATUS=serving")
+    happened("ready")  # behind it: who reads this may kill us
 
 
 def store_many() -> None:
