@@ -1,6 +1,7 @@
 """The process is killed and its successor goes on for the same clients: requests come again, open volumes stay open."""
 
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 from archipfs.blockers.fault import FaultPlan, Moment
 from archipfs.compose.composer import Composer
+from archipfs.compose.engine import EngineVolume
 from archipfs.errors import AlreadyExists, Busy, Fenced, LockHeld, NotFound, StoreUnavailable
-from archipfs.types import SECTOR_BYTES, RequestId
+from archipfs.types import SECTOR_BYTES, RequestId, VolumeId
 from tests.compose.world import World, content_of, crashing, fill, pattern, see
 
 SIZE = 4 * SECTOR_BYTES
@@ -301,3 +303,43 @@ def test_a_rename_that_comes_again_leaves_alone_who_has_the_old_name_by_now(worl
     composer.rename("vm", "new", replace=True, request=REQUEST)
     assert content_of(composer, "new") == LATER
     assert content_of(composer, "vm") == bytes(SIZE)
+
+
+class _Counted:
+    """An engine user that, as the front does, waits for those who are inside."""
+
+    def __init__(self) -> None:
+        self.inside: list[threading.Thread] = []
+        self.left_behind = False
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        pass
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        for thread in self.inside:
+            thread.join(5.0)
+            self.left_behind |= thread.is_alive()
+
+
+def test_a_fence_behind_a_closed_gate_lets_out_who_waits_there(world: World) -> None:
+    set_up(world)
+    first, other, user = world.composer(), world.composer(host="two"), _Counted()
+    first.add_engine_user(user)
+    opened = first.open(first.find("vm"))
+    engine = opened.engine
+    pause = engine.pause
+
+    def pause_and_lose_the_lock() -> None:
+        pause()
+        user.inside.append(threading.Thread(target=engine.read, args=(0, 1)))
+        user.inside[0].start()
+        other.unlock("vm", force=True)
+        other.snapshot("vm", "theirs")  # so that the volume has another head
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "pause", pause_and_lose_the_lock)
+        with pytest.raises(Fenced):
+            opened.resize(2 * SIZE)
+    assert not user.left_behind
+    with pytest.raises(Fenced):
+        first.release(opened)
