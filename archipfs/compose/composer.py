@@ -86,7 +86,7 @@ class Composer:
         """``mappers`` by backend name, in the order in which names are looked for."""
         self._mappers = mappers
         self._default_backend = default_backend
-        self._live = live
+        self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
         self._reclaim_mutex = threading.Lock()
@@ -198,6 +198,10 @@ class Composer:
         """
         self._table.awaited.update(volumes)
 
+    def await_no_more(self, volume: VolumeId) -> None:
+        """Nobody has it open any more, and it was never opened again."""
+        self._table.awaited.discard(volume)
+
     def reopen(self, volume: VolumeId, generation: int) -> OpenVolume:
         """Use a volume that an earlier process had open, for those who still have; a removed one too.
 
@@ -264,7 +268,7 @@ class Composer:
         return opened
 
     def _make_open(self, found: Found) -> OpenVolume:
-        return OpenVolume(found.mapper, self._live, found.record.id, self._engine_users)
+        return OpenVolume(found.mapper, self._live[found.mapper.backend], found.record.id, self._engine_users)
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:
@@ -514,12 +518,15 @@ class Composer:
         log.info("rolled back", volume=name, to=snapshot, kept=kept.name)
         return RolledBack(kept, record)
 
-    def remove(self, name: str, *, even_if_open: bool = False) -> None:
+    def remove(self, name: str, *, even_if_open: bool = False, only: VolumeId | None = None) -> None:
         """``even_if_open`` as unlink(2): who has it open goes on using it, and its space comes back afterwards.
 
         It works on a full store too: to write down that something is removed takes room, which is kept back for that.
+        Raises ``NotFound``, also if the name is that of another volume than ``only``.
         """
         found = self.find(name)
+        if only is not None and found.record.id != only:
+            raise NotFound(f"{name} is another volume than it was; see `archip volume-list`")
         try:
             self._remove(found, even_if_open=even_if_open)
         except StoreFull:
@@ -603,9 +610,8 @@ class Composer:
         What cannot be done now, as in a store that is full or damaged somewhere, is logged and left for the next time.
         May run beside everything else; what is open stays so.
         """
-        live = self._live.layers()  # first: a layer's record is there before its live bitmap
-        layers: set[LayerId] = set()
         for mapper in self._mappers.values():
+            live = self._live[mapper.backend].layers()  # first: a layer's record is there before its live bitmap
             for record in mapper.removed():
                 self._purge_removed(mapper, record)
             self._reclaim(mapper)
@@ -613,10 +619,10 @@ class Composer:
                 mapper.forget_stray_locks()
             except StoreError as error:
                 log.error("stray locks stay", backend=mapper.backend, error=str(error))
-            layers |= {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
-        for layer in live - layers:
-            self._live.forget(layer)
-        self._recover_open(live & layers)
+            layers = {LayerId(ident) for ident in mapper.catalog.idents(LayerRecord)}
+            for layer in live - layers:
+                self._live[mapper.backend].forget(layer)
+            self._recover_open(mapper, live & layers)
 
     def _purge_removed(self, mapper: Mapper, record: VolumeRecord) -> None:
         opened = self._table.volumes.get(record.id)
@@ -651,19 +657,21 @@ class Composer:
         except ArchipError as error:
             log.error("removed, and not purged when it is closed", volume=opened.id, error=str(error))
 
-    def _recover_open(self, live: set[LayerId]) -> None:
+    def _recover_open(self, mapper: Mapper, live: set[LayerId]) -> None:
         """Open and close the volumes that were open at the crash: their sizes and times of change come from what the
         live bitmaps remember, and their locks are given back."""
-        if not live:
+        held = mapper.locks.held_here(Hold.IO)
+        if not live and not held:
             return
-        for found in list(self.volumes()):
-            in_use = self.is_open(found.record.id) or found.record.id in self._table.awaited
-            if found.record.writable and found.record.layer in live and not in_use:
+        for found in [Found(mapper, each.record) for each in mapper.volumes()]:
+            record = found.record
+            in_use = self.is_open(record.id) or record.id in self._table.awaited
+            if record.writable and (record.layer in live or record.id in held) and not in_use:
                 try:
                     with self.using(found) as opened:
-                        log.info("recovered", volume=found.record.name, size=opened.size)
+                        log.info("recovered", volume=record.name, size=opened.size)
                 except ArchipError as error:
-                    log.error("not recovered", volume=found.record.name, error=str(error))
+                    log.error("not recovered", volume=record.name, error=str(error))
 
     def reclaim(self) -> None:
         """Delete the layers that removed volumes have left; does nothing when none was removed."""
@@ -725,7 +733,7 @@ class Composer:
         if opened.id in self._table.awaited:
             return
         opened.mapper.purge(record)
-        self._live.forget(record.layer)
+        self._live[opened.mapper.backend].forget(record.layer)
         self._table.ever_open.discard(record.id)
         self._reclaim_wanted = True
 

@@ -16,15 +16,22 @@ BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LiveBitmaps:
-    """The directory of live bitmaps: files that outlive the daemon, but not the boot they were written in."""
+    """The directory of live bitmaps: files that outlive the daemon, but not the boot they were written in.
 
-    def __init__(self, directory: Path) -> None:
+    Those of one store, once ``of`` has said which: a store that is not configured just now keeps its own.
+    """
+
+    def __init__(self, directory: Path, store: str = "") -> None:
         self._directory = directory
+        self._prefix = f"{store}-"
         self._boot_id = BOOT_ID_PATH.read_text().strip()
         directory.mkdir(parents=True, exist_ok=True)
 
+    def of(self, store: str) -> "LiveBitmaps":
+        return LiveBitmaps(self._directory, store)
+
     def path(self, layer: LayerId) -> str:
-        return str(self._directory / layer)
+        return str(self._directory / f"{self._prefix}{layer}")
 
     def epoch(self, lease: LockRecord) -> str:
         """What a live bitmap must carry to be believed: this boot, and this generation of the volume's lock.
@@ -41,7 +48,8 @@ class LiveBitmaps:
 
     def layers(self) -> set[LayerId]:
         """Those that have a live bitmap: they are open, or were when this node crashed."""
-        return {LayerId(path.name.removesuffix(UNFINISHED)) for path in self._directory.iterdir()}
+        names = [path.name.removesuffix(UNFINISHED) for path in self._directory.glob(f"{self._prefix}*")]
+        return {LayerId(name.removeprefix(self._prefix)) for name in names}
 
 
 def open_live_layer(

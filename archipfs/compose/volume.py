@@ -322,7 +322,7 @@ class OpenVolume:
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
                 try:
-                    self._change(layer=head.id, visible=VOLUME_BYTES_MAX, mtime_ns=self.mtime_ns)
+                    self._change_surely(engine, layer=head.id, visible=VOLUME_BYTES_MAX, mtime_ns=self.mtime_ns)
                     size = engine.swap_head(layer)
                 finally:
                     layer.close()

@@ -45,6 +45,11 @@ class Locks:
         record = self.get(volume)
         return record is not None and record.node == self._node.id and hold in record.holds
 
+    def held_here(self, hold: Hold) -> set[VolumeId]:
+        """The volumes whose lock this node has for that reason."""
+        locks = (found.record for _, found in self._catalog.list(LockRecord, skip_damaged=True))
+        return {lock.volume for lock in locks if self.is_ours(lock) and hold in lock.holds}
+
     def take(self, volume: VolumeId, hold: Hold, *, called: str) -> LockRecord:
         """Hold the lock for the reason ``hold`` too; nothing changes if we do already.
 

@@ -10,9 +10,10 @@ import pytest
 from archipfs.blockers.fault import FaultPlan, Moment
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
+from archipfs.compose.layers import LiveBitmaps
 from archipfs.errors import AlreadyExists, Busy, Fenced, LockHeld, NotFound, StoreUnavailable
 from archipfs.types import SECTOR_BYTES, RequestId, VolumeId
-from tests.compose.world import World, content_of, crashing, fill, pattern, see
+from tests.compose.world import BACKEND, World, content_of, crashing, fill, pattern, see
 
 SIZE = 4 * SECTOR_BYTES
 CONTENT = pattern(1, 4)
@@ -116,10 +117,11 @@ def test_a_removed_volume_lives_until_who_has_it_open_closes_it(world: World) ->
     first = world.composer()
     opened = first.open(first.find("other"))
     opened.write(0, pattern(3))
+    generation = opened.generation
     first.remove("other", even_if_open=True)
     first.abandon()
     second = world.composer()
-    again = second.reopen(opened.id, opened.generation)
+    again = second.reopen(opened.id, generation)
     second.recover()
     assert again.read(0, SECTOR_BYTES) == pattern(3)
     again.write(0, pattern(4))
@@ -128,7 +130,7 @@ def test_a_removed_volume_lives_until_who_has_it_open_closes_it(world: World) ->
     second.reclaim()
     assert world.check() == []
     with pytest.raises(NotFound):
-        second.reopen(opened.id, opened.generation)
+        second.reopen(opened.id, generation)
 
 
 def test_what_was_replaced_while_open_is_purged_when_it_is_closed(world: World) -> None:
@@ -159,15 +161,16 @@ def test_a_volume_that_cannot_be_opened_again_yet_is_not_purged(world: World) ->
     first = world.composer()
     opened = first.open(first.find("other"))
     opened.write(0, pattern(3))
+    generation = opened.generation
     first.remove("other", even_if_open=True)
     first.abandon()
     second = world.composer()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(second.mapper().locks), "take", _refuse)
         with pytest.raises(StoreUnavailable):
-            second.reopen(opened.id, opened.generation)
+            second.reopen(opened.id, generation)
     second.recover()
-    again = second.reopen(opened.id, opened.generation)
+    again = second.reopen(opened.id, generation)
     assert again.read(0, SECTOR_BYTES) == pattern(3)
     second.release(again)
 
@@ -343,3 +346,37 @@ def test_a_fence_behind_a_closed_gate_lets_out_who_waits_there(world: World) -> 
     assert not user.left_behind
     with pytest.raises(Fenced):
         first.release(opened)
+
+
+def test_a_lock_that_nobody_gave_back_is_given_back_by_the_next_process(world: World) -> None:
+    """The crash came between the end of the live bitmap and that of the lock."""
+    set_up(world)
+    first = world.composer()
+    opened = first.open(first.find("vm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened.mapper.locks, "give_back", lambda *arguments, **options: None)
+        first.release(opened)
+    assert world.composer(host="two").lock_of(first.find("vm")) is not None
+    second = world.recovered()
+    assert second.lock_of(second.find("vm")) is None
+
+
+def test_what_was_written_to_a_store_that_is_not_configured_just_now_is_kept(world: World, tmp_path: Path) -> None:
+    set_up(world)
+    first = world.composer()
+    first.open(first.find("vm")).write(0, pattern(3))
+    first.abandon()
+    elsewhere = World(tmp_path / "elsewhere")
+    Composer({BACKEND: elsewhere.mapper()}, LiveBitmaps(world.directory / "one"), BACKEND).recover()
+    assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
+
+
+def test_a_removal_that_comes_again_spares_the_volume_that_has_the_name_by_now(world: World) -> None:
+    set_up(world)
+    composer = world.composer()
+    removed = composer.find("other").record.id
+    composer.remove("other", only=removed)
+    composer.create("other", SIZE)
+    with pytest.raises(NotFound, match="another volume"):
+        composer.remove("other", only=removed)
+    assert "other" in see(composer)

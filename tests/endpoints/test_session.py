@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.daemon.process import wait_to_go_on
-from archipfs.endpoints.fuse.session import HANDLES_OFFSET, Handle, Session
+from archipfs.endpoints.fuse.session import HANDLES_OFFSET, REMOVALS_MAX, Handle, Session
 from archipfs.errors import DaemonError
 from archipfs.types import VolumeId
 
 NUMBERS = st.integers(1, 20)
 HANDLES = st.builds(
-    Handle, NUMBERS, st.sampled_from([VolumeId("1" * 32), VolumeId("ab" * 16)]), st.integers(0, (1 << 64) - 1)
+    Handle, NUMBERS, st.sampled_from([VolumeId("1" * 32), VolumeId("ab" * 16)]), st.integers(0, (1 << 64) - 2)
 )
 
 
@@ -57,6 +57,31 @@ def test_handles_are_the_same_after_every_step(steps: list[Handle | int]) -> Non
         assert os.fstat(session.descriptor).st_size <= HANDLES_OFFSET + 32 * 20, "free slots are used again"
     finally:
         os.close(session.descriptor)
+
+
+@given(st.lists(st.tuples(st.integers(100, 110), st.sampled_from(["1" * 32, "ab" * 16])), max_size=30))
+def test_removals_are_noted_beside_the_handles(noted: list[tuple[int, str]]) -> None:
+    session = Session.create(request_bytes=4096, device_number=1)
+    try:
+        open_file = Handle(1, VolumeId("c" * 32), 7)
+        session.put(open_file)
+        for number, volume in noted:
+            session.note_removal(number, VolumeId(volume))
+        for reader in (session, Session(session.descriptor)):
+            assert reader.handles() == [open_file]
+            assert {number: reader.removal(number) for number in dict(noted)} == dict(noted)
+            assert reader.removal(1) is None
+    finally:
+        os.close(session.descriptor)
+
+
+def test_only_the_last_removals_are_kept(session: Session) -> None:
+    volume = VolumeId("1" * 32)
+    for number in range(1, REMOVALS_MAX + 3):
+        session.note_removal(number, volume)
+    again = Session(session.descriptor)
+    assert [number for number in range(1, REMOVALS_MAX + 3) if again.removal(number)] == [*range(3, REMOVALS_MAX + 3)]
+    assert os.fstat(session.descriptor).st_size == HANDLES_OFFSET + 32 * REMOVALS_MAX
 
 
 @pytest.mark.parametrize(

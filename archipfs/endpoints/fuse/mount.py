@@ -133,6 +133,7 @@ class Mount:
         self.operations.numbering = Numbering(session, self.front.number_of)
         self._upcalls = Upcalls(self.operations, self._composer, self._device, upcalls_read)
         self._composer.add_engine_user(self.front)
+        self._composer.add_engine_user(self.operations)
 
     def _connect(self, request_bytes: int, undo: ExitStack) -> Session:
         """Mount, or take up what is mounted."""

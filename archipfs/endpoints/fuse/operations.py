@@ -25,6 +25,7 @@ import structlog
 import trio
 
 from archipfs.compose.composer import Composer, Found
+from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
 from archipfs.endpoints.fuse import xattrs
 from archipfs.endpoints.fuse.commands import Caller
@@ -44,7 +45,7 @@ from archipfs.errors import (
 from archipfs.map.mapper import Attributes
 from archipfs.map.names import check_name
 from archipfs.map.records import VolumeRecord
-from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES, RequestId
+from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES, RequestId, VolumeId
 
 log = structlog.get_logger()
 
@@ -199,12 +200,24 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        try:
-            await self._run(functools.partial(self._composer.remove, _decode(name), even_if_open=True))
-        except NotFound:
-            if not self._is_sent_again(ctx):  # else it was removed when the request came first
-                raise
+        await self._remove(_decode(name), ctx)
         self._root_changed_ns = time.time_ns()
+
+    async def _remove(self, name: str, ctx: pyfuse3.RequestContext) -> None:
+        remove = functools.partial(self._composer.remove, name, even_if_open=True)
+        if self.numbering is None:
+            await self._run(remove)
+            return
+        number, again = self.numbering.number_of(ctx.pid)
+        noted = self.numbering.session.removal(number) if again else None
+        try:
+            volume = noted or (await self._run(self._composer.find, name)).record.id
+            # What has the name when this request comes again may be another volume by then.
+            self.numbering.session.note_removal(number, volume)
+            await self._run(functools.partial(remove, only=volume))
+        except NotFound:
+            if noted is None:  # else it was removed when the request came first
+                raise
 
     @replies
     async def rename(
@@ -354,9 +367,7 @@ class VolumeOperations(pyfuse3.Operations):
         pause_seconds = 0.05
         while True:
             try:
-                written = await self._run(volume.write, offset, data)
-                self._remember(handle, volume)
-                return written
+                return await self._run(volume.write, offset, data)
             except LockHeld:
                 # Another node has the lock: a write waits until it is given back.
                 await trio.sleep(pause_seconds)
@@ -373,15 +384,30 @@ class VolumeOperations(pyfuse3.Operations):
 
     @replies
     async def release(self, handle: int) -> None:
+        known = self.numbering.session.get(handle) if self.numbering is not None else None
+        if known is not None and handle not in self._open:
+            await self._take_up(known)  # to be closed in order: flushed, and its lock given back
         volume = self._open.pop(handle, None)
         if self.numbering is not None:
             self.numbering.session.remove(handle)
-        if volume is None:
-            return  # it was closed when the request came first
-        self._opened_times[volume.id] -= 1
-        if not self._opened_times[volume.id]:
-            del self._opened_times[volume.id]
-        await self._run(self._composer.release, volume)
+        if volume is not None:
+            self._opened_times[volume.id] -= 1
+            if not self._opened_times[volume.id]:
+                del self._opened_times[volume.id]
+            await self._run(self._composer.release, volume)
+        elif known is not None and not self._handles_of(known.volume):
+            self._composer.await_no_more(known.volume)
+
+    # For the composer: as an EngineUser
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        """We hold the volume's lock now, which who had it open before may not have had."""
+        for handle, opened in list(self._open.items()):
+            if opened.id == volume:
+                self._remember(handle, opened)
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        """The handles stay open."""
 
     # For the daemon
 
@@ -445,7 +471,8 @@ class VolumeOperations(pyfuse3.Operations):
         known = self.numbering.session.get(handle) if self.numbering is not None else None
         if known is None:
             raise NotFound(f"no file is open under the handle {handle}; this is a bug, please report it")
-        volume = await self._run(self._composer.reopen, known.volume, known.generation)
+        generation = max(handle.generation for handle in self._handles_of(known.volume))
+        volume = await self._run(self._composer.reopen, known.volume, generation)
         if handle in self._open or self.numbering is None or self.numbering.session.get(handle) is None:
             await self._run(self._composer.release, volume)  # somebody was faster, or closed it meanwhile
         else:
@@ -463,8 +490,10 @@ class VolumeOperations(pyfuse3.Operations):
         number, _ = self.numbering.number_of(ctx.pid)
         return self.request_id(number)
 
-    def _is_sent_again(self, ctx: pyfuse3.RequestContext) -> bool:
-        return self.numbering is not None and self.numbering.number_of(ctx.pid)[1]
+    def _handles_of(self, volume: VolumeId) -> list[Handle]:
+        """Those that the session knows."""
+        handles = self.numbering.session.handles() if self.numbering is not None else []
+        return [handle for handle in handles if handle.volume == volume]
 
     def _keep_open(self, handle: int, volume: OpenVolume) -> None:
         self._open[handle] = volume

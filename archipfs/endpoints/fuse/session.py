@@ -18,11 +18,15 @@ from archipfs.types import RequestId, VolumeId
 MAGIC = b"archsess"
 VERSION = 1
 HANDLES_OFFSET = 8192
+REMOVALS_MAX = 256
+"""So many are noted at a time, more than pyfuse3 has requests under way."""
 
 _HEADER = struct.Struct("<8sII16sQ")
 _CHECKSUM = struct.Struct("<Q")
 _SLOT = struct.Struct("<QQ16s")
 _FREE = bytes(_SLOT.size)
+_REMOVAL = (1 << 64) - 1
+"""In place of a generation: the slot is no handle, but says which volume a request is to remove."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class Session:
         self._slots: dict[int, int] = {}
         """Of each handle."""
         self._handles: dict[int, Handle] = {}
+        self._removals: dict[int, VolumeId] = {}
+        """By request, the oldest first."""
         self._free: list[int] = []
         self._end = 0
         self._read_slots()
@@ -79,12 +85,7 @@ class Session:
     def put(self, handle: Handle) -> None:
         """Remember an open handle, or what has changed about it."""
         with self._mutex:
-            slot = self._slots.get(handle.number)
-            if slot is None:
-                slot = self._free.pop() if self._free else self._end
-                self._end = max(self._end, slot + 1)
-            self._write(slot, _SLOT.pack(handle.number, handle.generation, bytes.fromhex(handle.volume)))
-            self._slots[handle.number] = slot
+            self._put(handle.number, handle.generation, handle.volume)
             self._handles[handle.number] = handle
 
     def get(self, number: int) -> Handle | None:
@@ -94,11 +95,36 @@ class Session:
     def remove(self, number: int) -> None:
         """Forget a handle; one that is not known was forgotten already."""
         with self._mutex:
-            slot = self._slots.pop(number, None)
-            if slot is not None:
-                del self._handles[number]
-                self._write(slot, _FREE)
-                self._free.append(slot)
+            if self._handles.pop(number, None) is not None:
+                self._clear(number)
+
+    def note_removal(self, number: int, volume: VolumeId) -> None:
+        """Before the request removes that volume. Kept until many others are noted, since it may be sent again."""
+        with self._mutex:
+            if number not in self._removals and len(self._removals) >= REMOVALS_MAX:
+                oldest = next(iter(self._removals))
+                del self._removals[oldest]
+                self._clear(oldest)
+            self._put(number, _REMOVAL, volume)
+            self._removals[number] = volume
+
+    def removal(self, number: int) -> VolumeId | None:
+        """What the request of that number is to remove, if it has begun to."""
+        with self._mutex:
+            return self._removals.get(number)
+
+    def _put(self, number: int, generation: int, volume: VolumeId) -> None:
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._free.pop() if self._free else self._end
+            self._end = max(self._end, slot + 1)
+        self._write(slot, _SLOT.pack(number, generation, bytes.fromhex(volume)))
+        self._slots[number] = slot
+
+    def _clear(self, number: int) -> None:
+        slot = self._slots.pop(number)
+        self._write(slot, _FREE)
+        self._free.append(slot)
 
     def _write(self, slot: int, content: bytes) -> None:
         os.pwrite(self.descriptor, content, HANDLES_OFFSET + slot * _SLOT.size)
@@ -107,9 +133,12 @@ class Session:
         content = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, HANDLES_OFFSET)
         whole = len(content) // _SLOT.size * _SLOT.size
         for slot, (number, generation, volume) in enumerate(_SLOT.iter_unpack(content[:whole])):
-            if number:
-                self._slots[number] = slot
-                self._handles[number] = Handle(number, VolumeId(volume.hex()), generation)
-            else:
+            if not number:
                 self._free.append(slot)
+            else:
+                self._slots[number] = slot
+                if generation == _REMOVAL:
+                    self._removals[number] = VolumeId(volume.hex())
+                else:
+                    self._handles[number] = Handle(number, VolumeId(volume.hex()), generation)
             self._end = slot + 1
