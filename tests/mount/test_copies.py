@@ -472,7 +472,7 @@ def test_a_copy_that_is_interrupted_leaves_old_and_new_sectors_only(mount: Insta
     assert read_all(source) == b"n" * 32 * MIB
     with opened(source) as one, opened(target) as other:
         assert copy_range(one, other, 32 * MIB) == 32 * MIB
-    assert read_all(target) == b"n" * 32 * MIB + b"o" * MIB
+    assert read_all(target) == b"n" * 32 * MIB + found[32 * MIB :]
 
 
 def test_cp_that_is_interrupted_leaves_a_volume_like_any_other(mount: Instance, tmp_path: Path) -> None:
