@@ -60,6 +60,8 @@ class OpenVolume:
         """At which the lock's record was seen to be as we left it."""
         self._guard_mutex = threading.Lock()
         self._fenced = False
+        self._may_be_cut = True
+        """Whether the head's data object may have been cut, by a shrink or when it was opened, and that not flushed."""
 
     # Starting and stopping, by the composer, under ``control``
 
@@ -134,6 +136,7 @@ class OpenVolume:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease, self._lock_version = record, lease, None
+            self._may_be_cut = True
             self._begin(engine)
 
     def stop(self) -> None:
@@ -315,9 +318,11 @@ class OpenVolume:
         with self.control:
             engine, lease, record = self.engine, self._owned_lease(), self.record
             # What a shrink cut off the head must be gone for good before the head becomes a parent, which is not cut
-            # when it is opened. It also leaves little to do for the flush below.
-            self._flush(engine, lease)
-            self._verify(engine, lease)  # that may have taken long
+            # when it is opened. Otherwise it is flushed once nobody writes to it any more, who would have to wait.
+            if self._may_be_cut:
+                self._flush(engine, lease)
+                self._may_be_cut = False
+            self._verify(engine, lease)
             self.mapper.limit_parent(record.layer, record.visible)
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
@@ -326,9 +331,9 @@ class OpenVolume:
                     size = engine.swap_head(layer)
                 finally:
                     layer.close()
-                engine.flush()
-            if engine.size != self.record.size:
-                self._commit(self.record, engine.size)
+                engine.flush_parents()
+            if size > self.record.size:
+                self._commit(self.record, size)
             return Frozen(record.layer, size)
 
     def resize(self, size: int) -> None:
@@ -343,6 +348,7 @@ class OpenVolume:
             try:
                 shrinks = size < engine.size
                 if shrinks:
+                    self._may_be_cut = True
                     engine.announce_size(size)
                 visible = min(self.record.visible, size) if shrinks else self._visible(engine, size)
                 self._change_size(engine, size, visible)

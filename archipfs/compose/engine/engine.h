@@ -133,6 +133,8 @@ ssize_t ae_copy(struct ae_volume *target, uint64_t target_offset, struct ae_volu
                 uint64_t length);
 /* All that returned before is durable: data, then bitmap, of every layer that is not yet. */
 int ae_flush(struct ae_volume *volume);
+/* As ae_flush, but for the head: that of what a swap has frozen, without holding up those who write to the new head. */
+int ae_volume_flush_parents(struct ae_volume *volume);
 /*
  * As ae_flush, its size too; -EAGAIN, and nothing done, where this is not known to be all that a flush takes: there is
  * no guard, or it says that the volume's lock has changed, or the size is not the one that was recorded.

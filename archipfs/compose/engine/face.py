@@ -267,6 +267,11 @@ class EngineVolume:
         with self._handle as volume:
             self._change("flushing", lib.ae_flush, volume)
 
+    def flush_parents(self) -> None:
+        """As ``flush``, but for the head: what a swap has frozen is durable."""
+        with self._handle as volume:
+            self._change("flushing what is frozen", lib.ae_volume_flush_parents, volume)
+
     # Control
 
     def swap_head(self, layer: EngineLayer) -> int:

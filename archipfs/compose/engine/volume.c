@@ -441,13 +441,14 @@ void ae_volume_fence(struct ae_volume *volume) {
 
 /* Flushing */
 
-int ae_flush(struct ae_volume *volume) {
+/* The layers of the stack, but for the first `spared`. */
+static int flush_layers(struct ae_volume *volume, size_t spared) {
     struct ae_stack *stack = ae_stack_hold(volume);
     int result = -atomic_load(&volume->failed);
 
     /* Parents first: a child's bits never become durable before the layer they lie on. */
     bool fatal = false;
-    for (size_t i = stack->count; result == 0 && i > 0; i--)
+    for (size_t i = stack->count; result == 0 && i > spared; i--)
         result = ae_layer_flush(stack->layers[i - 1], &fatal);
     if (fatal)
         volume_fail(volume);
@@ -458,6 +459,10 @@ int ae_flush(struct ae_volume *volume) {
     ae_stack_unhold(volume, stack);
     return result;
 }
+
+int ae_flush(struct ae_volume *volume) { return flush_layers(volume, 0); }
+
+int ae_volume_flush_parents(struct ae_volume *volume) { return flush_layers(volume, 1); }
 
 int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size) {
     size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
