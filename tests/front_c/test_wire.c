@@ -178,6 +178,25 @@ static void test_tags(void) {
     CHECK(memcmp(message.bytes + sizeof header, "body", 4) == 0);
 }
 
+static int parse_getxattr(const char *name) {
+    char body[sizeof(struct fuse_getxattr_in) + 64] = {0};
+    struct af_request request;
+    size_t length = strlen(name) + 1;
+    memcpy(body + sizeof(struct fuse_getxattr_in), name, length);
+    return parse_body(FUSE_GETXATTR, body, sizeof(struct fuse_getxattr_in) + length, &request);
+}
+
+static void test_getxattr(void) {
+    struct af_request request;
+    CHECK(parse_getxattr("user.archip.info") == 0);
+    CHECK(parse_getxattr("user.") == 0);
+    CHECK(parse_getxattr("system.posix_acl_access") == -ENODATA);
+    CHECK(parse_getxattr("security.capability") == -ENODATA);
+    CHECK(parse_getxattr("user") == -ENODATA);
+    CHECK(parse_getxattr("") == -ENODATA);
+    CHECK(parse_body(FUSE_GETXATTR, "", 0, &request) == -EINVAL);
+}
+
 static void test_others(void) {
     struct af_request request;
     CHECK(parse_body(FUSE_GETATTR, "", 0, &request) == 0 && request.kind == AF_OTHER && request.answered);
@@ -277,6 +296,7 @@ int main(void) {
         {"FSYNC", test_fsync},
         {"OPEN and CREATE", test_open},
         {"IOCTL and COPY_FILE_RANGE", test_upcalls},
+        {"attributes that nobody keeps", test_getxattr},
         {"other requests", test_others},
         {"the tag of a request", test_tags},
         {"INIT as it is kept", test_kept_init},
