@@ -4,6 +4,7 @@ Every method blocks and may be called from any thread. Operations that change a 
 crash left behind is recovered before anything else happens to it.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -611,6 +612,7 @@ class Composer:
         May run beside everything else; what is open stays so.
         """
         for mapper in self._mappers.values():
+            self._live[mapper.backend].adopt(functools.partial(_is_layer_of, mapper))
             live = self._live[mapper.backend].layers()  # first: a layer's record is there before its live bitmap
             for record in mapper.removed():
                 self._purge_removed(mapper, record)
@@ -800,6 +802,10 @@ class Composer:
         if not kept:
             raise NotFound(f"{found.record.name} was rolled back, and what it held before has been removed since")
         return max(kept, key=lambda each: each.created_ns)
+
+
+def _is_layer_of(mapper: Mapper, layer: LayerId) -> bool:
+    return mapper.catalog.get(LayerRecord, layer) is not None
 
 
 def _kept_name(name: str) -> str:

@@ -32,7 +32,10 @@ class Copied:
     length: int
     """In bytes; 0 at or beyond the end of the source."""
     leaves_layer: bool = False
-    """Whether the target has left a layer that nothing leads to any more."""
+    """Whether there is a layer now that nothing leads to: one that the target has left, or one made in vain."""
+
+
+NOT_SHARED = Copied(0)
 
 
 def copy_range(source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int) -> Copied:
@@ -51,8 +54,10 @@ def copy_range(source: OpenVolume, source_offset: int, target: OpenVolume, targe
         if length == 0:
             return Copied(0)
         _check_target(source, source_offset, target, target_offset, length)
-        copied = _share(source, reader, source_offset, target, target_offset, length)
-        return copied or Copied(engine.copy_from(reader, source_offset, target_offset, length))
+        shared = _share(source, reader, source_offset, target, target_offset, length)
+        if shared.length:
+            return shared
+        return Copied(engine.copy_from(reader, source_offset, target_offset, length), shared.leaves_layer)
 
 
 def _check_target(source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int) -> None:
@@ -70,17 +75,17 @@ def _share(
     target: OpenVolume,
     target_offset: int,
     length: int,
-) -> Copied | None:
-    """A clone or an extension; ``None`` if it cannot be either."""
+) -> Copied:
+    """A clone or an extension; nothing is copied if it cannot be either."""
     if source.id == target.id or source.mapper is not target.mapper or not source.owned:
-        return None
+        return NOT_SHARED
     if source_offset != target_offset or target.size > target_offset:
-        return None
+        return NOT_SHARED
     if not _is_hole(reader, target.size, target_offset):
-        return None
+        return NOT_SHARED
     with _both_controlled(source, target):
         if target.size > target_offset:
-            return None  # somebody wrote there meanwhile
+            return NOT_SHARED  # somebody wrote there meanwhile
         if target.size == 0:
             return _clone(source, reader, target, target_offset, target_offset + length)
         return _extend(reader, target, target_offset, target_offset + length)
@@ -103,15 +108,15 @@ def _both_controlled(one: OpenVolume, other: OpenVolume) -> Iterator[None]:
         yield
 
 
-def _clone(source: OpenVolume, reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied | None:
+def _clone(source: OpenVolume, reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied:
     record = source.record
     if record.name is None:
-        return None  # whoever removed it may be deleting its layers
+        return NOT_SHARED  # whoever removed it may be deleting its layers
     frozen = source.freeze() if record.writable else Frozen(record.layer, record.size)
     visible = min(end, frozen.size)
     # The layer itself must have the hole. Bits above it are looked for afterwards: they may come, but never go.
     if offset and not (_is_hole(reader, 0, offset) and reader.shows_until(frozen.layer, 0, offset) == offset):
-        return None
+        return NOT_SHARED
     mapper = target.mapper
     # The layer's own limit lets all shine through, for extensions: the volume's record has what counts.
     with mapper.new_layer(frozen.layer, VOLUME_BYTES_MAX) as head:
@@ -119,21 +124,21 @@ def _clone(source: OpenVolume, reader: EngineVolume, target: OpenVolume, offset:
             # The new layer exists; whoever removes the source from here on sees that its layer is in use.
             mapper.still_there(record)
         except NotFound:
-            return None
+            return Copied(0, leaves_layer=True)
         if visible <= offset or not target.become_clone(head.id, visible, source.id):
-            return None
+            return Copied(0, leaves_layer=True)
     log.info("copied as a clone", volume=target.name, origin=source.name, size=visible)
     return Copied(visible - offset, leaves_layer=True)
 
 
-def _extend(reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied | None:
+def _extend(reader: EngineVolume, target: OpenVolume, offset: int, end: int) -> Copied:
     shown = target.size
     head = target.mapper.catalog.layer(target.record.layer).record
     end = min(end, head.parent_visible)
     if head.parent is None or end <= offset or not _is_hole(reader, shown, offset):
-        return None
+        return NOT_SHARED
     # Where the source has been written since it became a clone, it shows something else.
     until = reader.shows_until(head.parent, shown, end)
     if until is None or until <= offset or not target.extend(shown, until):
-        return None
+        return NOT_SHARED
     return Copied(until - offset)

@@ -1,6 +1,7 @@
 """From layer records to engine layers: opening a chain, and where its live bitmaps lie."""
 
 import hashlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -40,6 +41,12 @@ class LiveBitmaps:
         """
         text = f"{self._boot_id} {lease.volume} {lease.generation}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def adopt(self, exists: Callable[[LayerId], bool]) -> None:
+        """Take over those of this store's layers whose names an earlier version made without the store's id."""
+        for path in self._directory.iterdir():
+            if "-" not in path.name and exists(LayerId(path.name)):
+                path.rename(self.path(LayerId(path.name)))
 
     def forget(self, layer: LayerId) -> None:
         """Remove a layer's live bitmap, if it has one: the layer is deleted."""

@@ -323,7 +323,8 @@ class OpenVolume:
                 self._flush(engine, lease)
                 self._may_be_cut = False
             self._verify(engine, lease)
-            self.mapper.limit_parent(record.layer, record.visible)
+            # The head may show less of its parent than is recorded: nothing beyond the size that it was opened with.
+            self.mapper.limit_parent(record.layer, min(record.visible, engine.parent_visible))
             with self.mapper.new_layer(record.layer, VOLUME_BYTES_MAX) as head:
                 layer = self._open_head(lease, head)
                 try:

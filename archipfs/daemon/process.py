@@ -25,7 +25,7 @@ from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
-from archipfs.errors import FAILED_EXIT_CODE, StoreError
+from archipfs.errors import FAILED_EXIT_CODE, StoreUnavailable
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -99,7 +99,7 @@ def _open_patiently(config: Config, stack: ExitStack) -> Node:
     while True:
         try:
             return stack.enter_context(open_node(config, recover=False))
-        except StoreError as error:
+        except StoreUnavailable as error:
             log.error("cannot go on yet, it is tried again", error=str(error))
             time.sleep(STORE_RETRY_SECONDS)
 

@@ -371,6 +371,17 @@ def test_what_was_written_to_a_store_that_is_not_configured_just_now_is_kept(wor
     assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
 
 
+def test_live_bitmaps_of_the_version_before_are_believed(world: World) -> None:
+    """It gave them the layer's name alone."""
+    set_up(world)
+    first = world.composer()
+    first.open(first.find("vm")).write(0, pattern(3))
+    first.abandon()
+    [path] = (world.directory / "one").iterdir()
+    path.rename(path.with_name(path.name.partition("-")[2]))
+    assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
+
+
 def test_a_removal_that_comes_again_spares_the_volume_that_has_the_name_by_now(world: World) -> None:
     set_up(world)
     composer = world.composer()

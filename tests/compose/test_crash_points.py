@@ -410,3 +410,37 @@ def test_crash_in_the_recovery_from_a_crash(name: str, tmp_path: Path) -> None:
                 break
             blocker.bury()
         judge(CASES[name], run, power_lost=False)
+
+
+@pytest.mark.parametrize("moment", list(Moment))
+def test_what_was_written_beyond_the_end_before_power_was_lost_stays_hidden_from_snapshots(
+    tmp_path: Path, moment: Moment
+) -> None:
+    """Power is lost at any call of a snapshot of a volume that had just grown. It is as large as before then, and what
+    its frozen layer holds beyond that must not come to light, neither in it nor in a later snapshot."""
+    size = 4 * SECTOR_BYTES
+    hidden = 0
+    for crash_at in itertools.count(1):
+        world = World(tmp_path / str(crash_at))
+        first = world.composer()
+        make(first, "vm", pattern(1, 4))
+        blocker = world.mortal(FaultPlan(crash_at=crash_at, moment=moment))
+        composer = world.composer(blocker)
+        with crashing(composer):
+            composer.open(composer.find("vm")).write(size, pattern(2, 4))
+            composer.snapshot("vm", "early")
+        if not blocker.crashed:
+            break
+        cut_power(world, blocker, seed=crash_at)
+        after = world.recovered()
+        with after.using(after.find("vm")) as opened:
+            if opened.size != size:
+                continue
+            hidden += 1
+            opened.write(3 * size, pattern(3))
+            shown = opened.read(0, opened.size)
+            assert shown[size : 3 * size] == bytes(2 * size)
+            after.snapshot("vm", "later")
+        assert see(after)["later"].content == shown, f"crash at call {crash_at}"
+        assert see(after)["vm"].content == shown, f"crash at call {crash_at}"
+    assert hidden > 5, "hardly anything was tried"

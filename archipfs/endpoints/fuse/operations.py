@@ -402,9 +402,12 @@ class VolumeOperations(pyfuse3.Operations):
 
     def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
         """We hold the volume's lock now, which who had it open before may not have had."""
-        for handle, opened in list(self._open.items()):
-            if opened.id == volume:
-                self._remember(handle, opened)
+        try:
+            for handle, opened in list(self._open.items()):
+                if opened.id == volume:
+                    self._remember(handle, opened)
+        except OSError as error:
+            log.error("a later daemon will not know under which lock it is open", volume=volume, error=str(error))
 
     def engine_closing(self, volume: VolumeId) -> None:
         """The handles stay open."""
@@ -496,9 +499,9 @@ class VolumeOperations(pyfuse3.Operations):
         return [handle for handle in handles if handle.volume == volume]
 
     def _keep_open(self, handle: int, volume: OpenVolume) -> None:
+        self._remember(handle, volume)
         self._open[handle] = volume
         self._opened_times[volume.id] += 1
-        self._remember(handle, volume)
 
     def _remember(self, handle: int, volume: OpenVolume) -> None:
         """Have the session know the handle, and under which lock it is open."""
@@ -518,7 +521,12 @@ class VolumeOperations(pyfuse3.Operations):
     async def _open_handle(self, found: Found, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = next(self._numbers) if self.numbering is None else self.numbering.number_of(ctx.pid)[0]
         if handle not in self._open:  # else it was opened when the request came first
-            self._keep_open(handle, await self._run(self._composer.open, found))
+            volume = await self._run(self._composer.open, found)
+            try:
+                self._keep_open(handle, volume)
+            except OSError:
+                await self._run(self._composer.release, volume)  # the kernel will not: it has no handle
+                raise
         volume = self._open[handle]
         # What another node writes, or wrote while we had it closed, must not be answered from our page cache.
         keep_cache = volume.owned and self._opened_times[volume.id] > 1

@@ -4,6 +4,7 @@ A memfd that the supervisor keeps beside /dev/fuse. docs/format.md, "The session
 kernel's INIT request into it, this module the rest: who the session is, and which handles are open.
 """
 
+import errno
 import os
 import secrets
 import struct
@@ -127,7 +128,8 @@ class Session:
         self._free.append(slot)
 
     def _write(self, slot: int, content: bytes) -> None:
-        os.pwrite(self.descriptor, content, HANDLES_OFFSET + slot * _SLOT.size)
+        if os.pwrite(self.descriptor, content, HANDLES_OFFSET + slot * _SLOT.size) != len(content):
+            raise OSError(errno.ENOSPC, "there is no memory left for the session")
 
     def _read_slots(self) -> None:
         content = os.pread(self.descriptor, os.fstat(self.descriptor).st_size, HANDLES_OFFSET)
