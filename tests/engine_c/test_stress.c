@@ -497,12 +497,59 @@ static void test_halves(void) {
     }
 }
 
+/* First writes, each beside a read of a part of the same sector: that sector's bit changes while it is looked at. */
+
+#define FRESH_SECTORS 60000u
+
+struct fresh {
+    struct ae_volume *volume;
+    atomic_uint reached;
+};
+
+static void *fresh_read(void *argument) {
+    struct fresh *fresh = argument;
+    unsigned sector;
+    while ((sector = atomic_load(&fresh->reached)) < FRESH_SECTORS) {
+        uint8_t bytes[64], beyond[64];
+        memset(beyond, 0xee, sizeof beyond);
+        CHECK_EQUAL(ae_read(fresh->volume, bytes, sizeof bytes, sector * SECTOR + SECTOR / 2), sizeof bytes);
+        for (size_t i = 0; i < sizeof bytes; i++)
+            CHECK((bytes[i] == 0 || bytes[i] == 7) && beyond[i] == 0xee);
+    }
+    return NULL;
+}
+
+static void test_fresh(void) {
+    char directory[128];
+    directory_make(directory);
+    int fds[2];
+    file_layer_create(directory, 0, fds);
+    struct ae_layer *layer = file_layer_open(directory, 0, fds, true, 0);
+    struct fresh fresh = {0};
+    CHECK_EQUAL(ae_volume_open(&layer, 1, FRESH_SECTORS * SECTOR, true, &fresh.volume), 0);
+    pthread_t reader;
+    CHECK(pthread_create(&reader, NULL, fresh_read, &fresh) == 0);
+    uint8_t bytes[AE_SECTOR_BYTES];
+    memset(bytes, 7, sizeof bytes);
+    for (unsigned sector = 0; sector < FRESH_SECTORS; sector++) {
+        CHECK_EQUAL(ae_write(fresh.volume, bytes, sizeof bytes, sector * SECTOR), sizeof bytes);
+        atomic_store(&fresh.reached, sector + 1);
+    }
+    CHECK(pthread_join(reader, NULL) == 0);
+    ae_volume_close(fresh.volume, false);
+    ae_layer_release(layer);
+    close(fds[0]);
+    close(fds[1]);
+    directory_remove(directory);
+}
+
 int main(void) {
     static const struct test tests[] = {
         {"writers that share sectors, under swaps", test_lanes},
         {"prefixes in snapshots, flushes and power cuts", test_sequence},
         {"growth under swaps", test_growth},
         {"a bit that a neighbour set", test_halves},
+        {"reads within sectors that get their bit", test_fresh},
     };
     return run_tests(tests, sizeof tests / sizeof tests[0]);
 }

@@ -381,7 +381,8 @@ int ae_layer_run(struct ae_layer *layer, uint64_t first, uint64_t end, bool nowa
             *set = here;
         else if (here != *set)
             break;
-        uint32_t bit_until = words != NULL ? ae_bits_until_not(words, bit, bit_end, here) : bit_end;
+        /* The bit itself is not looked at again: it may have been set meanwhile, and a run is never empty. */
+        uint32_t bit_until = words != NULL ? ae_bits_until_not(words, bit + 1, bit_end, here) : bit_end;
         sector = page * AE_PAGE_SECTORS + bit_until;
         if (bit_until < bit_end)
             break;
