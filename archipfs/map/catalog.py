@@ -104,12 +104,12 @@ class Catalog:
         return found
 
     def chain(self, head: LayerId) -> Iterator[Versioned[LayerRecord]]:
-        """``head``, its parent, and so on to the last. Raises ``ObjectMissing``."""
+        """``head``, the parent that it reads, and so on to the last. Raises ``ObjectMissing``."""
         following: LayerId | None = head
         while following is not None:
             found = self.layer(following)
             yield found
-            following = found.record.parent
+            following = found.record.reads_parent
 
     def lock(self, volume: VolumeId) -> Versioned[LockRecord] | None:
         return self.get(LockRecord, volume)

@@ -17,6 +17,9 @@ from archipfs.map.reclaim import reachable
 from archipfs.map.records import (
     KIND_NAMES,
     AnyRecord,
+    CondemnedRecord,
+    DamageRecord,
+    GcRecord,
     LayerRecord,
     LockRecord,
     NameRecord,
@@ -97,7 +100,9 @@ def _place_of(record: AnyRecord) -> str | None:
             return name_ident(record.name)
         case LockRecord():
             return record.volume
-        case StoreRecord():
+        case CondemnedRecord() | DamageRecord():
+            return record.pack
+        case StoreRecord() | GcRecord():
             return None
 
 
@@ -118,7 +123,9 @@ def _check_chains(
 ) -> Iterator[Finding]:
     users = Counter(record.layer for record in named)
     # A head that a crash kept from being put on top of another one is a child too, but nobody reads it.
-    parents = Counter(record.parent for record in layers.values() if record.parent is not None and record.id in used)
+    parents = Counter(
+        each.reads_parent for each in layers.values() if each.reads_parent is not None and each.id in used
+    )
     for record in named:
         which = f"volume {record.name} ({record.id})"
         if record.layer not in layers:
@@ -134,9 +141,9 @@ def _check_chains(
                 yield Finding(Severity.ERROR, "its layers go round in a circle", which)
                 break
             seen.add(following)
-            following = layers[following].parent
+            following = layers[following].reads_parent
     for layer in used & layers.keys():
-        parent = layers[layer].parent
+        parent = layers[layer].reads_parent
         if parent is not None and parent not in layers:
             yield Finding(Severity.ERROR, f"its parent {parent} is missing", f"layer {layer}")
 

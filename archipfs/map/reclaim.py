@@ -71,14 +71,14 @@ def _refuse_gaps(catalog: Catalog, volumes: list[VolumeRecord], layers: Mapping[
 
 
 def reachable(roots: set[LayerId], layers: Mapping[LayerId, LayerRecord]) -> set[LayerId]:
-    """``roots`` and all their ancestors. Pure."""
+    """``roots`` and all the layers that they read. Pure."""
     seen: set[LayerId] = set()
     for root in roots:
         following: LayerId | None = root
         while following is not None and following not in seen:
             seen.add(following)
             record = layers.get(following)
-            following = record.parent if record is not None else None
+            following = record.reads_parent if record is not None else None
     return seen
 
 

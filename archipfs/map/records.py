@@ -1,6 +1,6 @@
 """The records and their encoding: one header line, then JSON. docs/format.md has it field by field.
 
-    archipfs-record 2 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
+    archipfs-record 3 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
     {"id":"…","name":"vm1",…}
 
 The nonce makes every encoding unique, so that a writer can tell its own value from an equal one of somebody else.
@@ -16,10 +16,11 @@ import msgspec
 import xxhash
 
 from archipfs.errors import FormatTooNew, ObjectDamaged
-from archipfs.types import LayerId, RequestId, VolumeId
+from archipfs.types import LayerId, PackId, RequestId, VolumeId
 
-FORMAT_VERSION = 2
-"""Version 1 had no ``request`` in a volume's record, and is read as if that were null."""
+FORMAT_VERSION = 3
+"""Version 1 had no ``request`` in a volume's record, and is read as if that were null. Version 2 knew no sealing: no
+``sealed`` and ``sealing`` in a layer's record, no ``compression`` and ``chunk_sectors`` in the store's."""
 _MAGIC = b"archipfs-record"
 _VERSION_PATTERN = re.compile(rb"[1-9][0-9]{0,8}")
 
@@ -38,6 +39,9 @@ class StoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     hash: str
     created_ns: int
+    compression: str = "none"
+    chunk_sectors: int = 8
+    """How many a chunk has on average: a power of two."""
 
 
 class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,8 +74,19 @@ class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.kind is not Kind.SNAPSHOT
 
 
+class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a layer is made of once it is sealed: chunks and map pages in packs, and no objects of its own."""
+
+    root: str
+    """Digest of the map's root page, in hexadecimal."""
+    data_bytes: int
+    """What the map holds, without the holes."""
+    added_bytes: int
+    """What sealing it added to the store; the rest was there already."""
+
+
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A layer. It is the head if a writable volume names it, frozen if only snapshots or children do."""
+    """A layer. It is the head if a writable volume names it; frozen if only snapshots or children do; or sealed."""
 
     id: LayerId
     parent: LayerId | None
@@ -80,6 +95,15 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: str
     """Who made it: that node knows whether it is still about to be used."""
     created_ns: int
+    sealed: Sealed | None = None
+    """Its map has all that it shows: the chain ends here, and ``parent`` only says where it came from."""
+    sealing: str | None = None
+    """Who is about to commit a root. Whoever takes this away makes that commit fail."""
+
+    @property
+    def reads_parent(self) -> LayerId | None:
+        """The layer that shows through this one."""
+        return None if self.sealed is not None else self.parent
 
 
 class NameRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,8 +135,44 @@ class LockRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     holds: tuple[Hold, ...] = ()
 
 
-AnyRecord = StoreRecord | VolumeRecord | LayerRecord | NameRecord | LockRecord
-R = TypeVar("R", StoreRecord, VolumeRecord, LayerRecord, NameRecord, LockRecord)
+class CondemnedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pack that garbage collection is about to delete: nobody may rely on it any more who has not yet."""
+
+    pack: PackId
+    node: str
+    since_ns: int
+
+
+class DamageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known to be damaged in a pack."""
+
+    pack: PackId
+    digests: list[str]
+    """In hexadecimal."""
+
+
+class GcRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who collects garbage: one at a time."""
+
+    node: str | None
+    since_ns: int
+    generation: int
+
+
+AnyRecord = (
+    StoreRecord | VolumeRecord | LayerRecord | NameRecord | LockRecord | CondemnedRecord | DamageRecord | GcRecord
+)
+R = TypeVar(
+    "R",
+    StoreRecord,
+    VolumeRecord,
+    LayerRecord,
+    NameRecord,
+    LockRecord,
+    CondemnedRecord,
+    DamageRecord,
+    GcRecord,
+)
 
 KIND_NAMES: dict[type[Any], str] = {
     StoreRecord: "store",
@@ -120,6 +180,9 @@ KIND_NAMES: dict[type[Any], str] = {
     LayerRecord: "layer",
     NameRecord: "name",
     LockRecord: "lock",
+    CondemnedRecord: "condemned",
+    DamageRecord: "damage",
+    GcRecord: "gc",
 }
 
 
