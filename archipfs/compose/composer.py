@@ -50,8 +50,8 @@ from archipfs.errors import (
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
 from archipfs.map.reclaim import delete_objects
-from archipfs.map.seal import Reader
 from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, Sealed, VolumeRecord
+from archipfs.map.seal import Reader
 from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES, LayerId, RequestId, VolumeId
 from archipfs.units import format_size
 
@@ -313,9 +313,7 @@ class Composer:
 
     def _make_open(self, found: Found) -> OpenVolume:
         backend = found.mapper.backend
-        return OpenVolume(
-            found.mapper, self._live[backend], self._sealed[backend], found.record.id, self._engine_users
-        )
+        return OpenVolume(found.mapper, self._live[backend], self._sealed[backend], found.record.id, self._engine_users)
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:
@@ -653,10 +651,12 @@ class Composer:
             mapper = self.mapper(backend)
             mapper.check_fits(size)
             advance = Advance(progress, about_bytes)
-            with mapper.reserve(name) as reservation:
-                with import_layer(mapper, self._sealed[mapper.backend], reader, size, threads, advance) as layer:
-                    sealed = layer.sealed
-                    return mapper.publish_over(reservation, layer.id, size, attributes or Attributes(), request).record
+            with (
+                mapper.reserve(name) as reservation,
+                import_layer(mapper, self._sealed[mapper.backend], reader, size, threads, advance) as layer,
+            ):
+                sealed = layer.sealed
+                return mapper.publish_over(reservation, layer.id, size, attributes or Attributes(), request).record
 
         made = self._make("imported", name, request, make)
         return Imported(made, sealed.data_bytes if sealed else 0, sealed.added_bytes if sealed else 0)
@@ -677,9 +677,7 @@ class Composer:
         self._go_over(mapper, record)
         self._reclaim_wanted = True
         seconds = round(time.perf_counter() - started, 3)
-        log.info(
-            "sealed", layer=layer, data=record.sealed.data_bytes, added=record.sealed.added_bytes, seconds=seconds
-        )
+        log.info("sealed", layer=layer, data=record.sealed.data_bytes, added=record.sealed.added_bytes, seconds=seconds)
         return record.sealed
 
     def _go_over(self, mapper: Mapper, sealed: LayerRecord) -> None:

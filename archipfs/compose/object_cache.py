@@ -1,4 +1,4 @@
-"""The object cache: chunks that cannot be read where they lie, because they are compressed or far away, in a local file.
+"""The object cache: a local file of chunks that cannot be read where they lie, since they are compressed or far away.
 
 One file for all volumes and backends of a node. It has slots of 64 KiB; a chunk takes as many as it has pieces of that
 size. The slot used longest ago goes first. Every read compares a checksum, so nothing has to be flushed: what a crash
@@ -146,4 +146,3 @@ class ObjectCache:
         table = os.pread(self._file, self._slots * _ENTRY_BYTES, _TABLE_OFFSET)
         for offset in range(0, len(table) - _ENTRY.size + 1, _ENTRY_BYTES):
             yield _ENTRY.unpack_from(table, offset)
-

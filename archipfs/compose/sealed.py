@@ -2,10 +2,10 @@
 
     region ─▶ leaf page (the layer's tree) ─▶ extents, chunks' digests ─▶ places in packs (the index) ─▶ open packs
 
-The last but one is kept in LMDB by the leaf's digest, so that a region is one look-up, whichever layers have it. A place
-is in a pack's own bytes where the pack has a descriptor and the chunk is not compressed. Else it is in the pack's
-*unpacked view*, where the chunk that lies at byte N of the pack begins at N × 512 KiB, the most that a chunk can be: a
-data object without a descriptor, whose reads go through the object cache.
+The places are kept in LMDB by the leaf's digest, so that a region is one look-up, whichever layers have it. A place is
+in a pack's own bytes where the pack has a descriptor and the chunk is not compressed. Else it is in the pack's
+*unpacked view*, a data object without a descriptor, whose reads go through the object cache: the chunk that lies at byte
+N of the pack begins there at N × 512 KiB, the most that a chunk can be.
 """
 
 import struct
@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from archipfs.blockers.contract import DataObject
-from archipfs.compose.engine import EngineLayer, EnginePack, ExtentTable
+from archipfs.compose.engine import PACK_DAMAGED, EngineLayer, EnginePack, ExtentTable, Region
+from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
@@ -35,18 +36,14 @@ PACKS_OPENED_MAX = 16384
 NODES_KEPT = 32
 """How many runs of 256 regions a layer remembers the leaves of."""
 CHUNK_BYTES_MAX = CHUNK_SECTORS_MAX * SECTOR_BYTES
-DAMAGED = 0xFFFFFFFF
-"""In place of a pack: the engine answers a read with EIO."""
+UNPACKED_BYTES = (1 << 32) * CHUNK_BYTES_MAX
+"""Whatever a pack's unpacked view may reach to: places in a pack are 32 bits."""
 
 _COUNTS = struct.Struct("<II")
 """Packs, extents."""
 _PACK = struct.Struct("<?32s")
 """Whether it is the unpacked view, and the pack's id."""
-_EXTENT = struct.Struct("<HHIQ")
-"""As the engine's ``struct ae_extent``: first sector, sectors, pack, offset."""
 
-Region = tuple[int, int, bytes, Sequence[EnginePack]]
-"""As ``EngineLayer.sealed`` has it: first region, end, extents in the engine's layout, packs."""
 _PackName = tuple[bool, PackId]
 
 
@@ -87,10 +84,9 @@ class Shared:
 class SealedStore:
     """The sealed data of one backend. Thread-safe. Costs nothing before something is sealed or read."""
 
-    def __init__(self, mapper: Mapper, shared: Shared, node: str) -> None:
+    def __init__(self, mapper: Mapper, shared: Shared) -> None:
         self._mapper = mapper
         self._shared = shared
-        self._node = node
         self._mutex = threading.Lock()
         self._cache: Cache | None = None
         self._chunks: ChunkStore | None = None
@@ -109,9 +105,10 @@ class SealedStore:
                     self._mapper.blocker,
                     self._cache,
                     content_hash(store.hash),
-                    node=self._node,
+                    node=self._mapper.node.id,
                     compression=store.compression,
                 )
+                self._chunks.refresh()
             return self._chunks
 
     def open_layer(self, record: LayerRecord) -> EngineLayer:
@@ -158,17 +155,17 @@ class SealedStore:
     def _resolve(self, leaf: Digest) -> tuple[bytes, bool]:
         """A region as it is kept, and whether all of it can be read."""
         extents = decode_leaf(self.chunks.page(leaf))
+        locations = self._locate(extents)
         names: dict[_PackName, int] = {}
         places = []
-        locations = self._locate(extents)
         for extent, location in zip(extents, locations, strict=True):
             if location is None:
-                places.append(_EXTENT.pack(extent.first, extent.count, DAMAGED, 0))
+                places.append(EXTENT.pack(extent.first, extent.count, PACK_DAMAGED, 0))
                 continue
             unpacked = location.coding is not Coding.RAW or not self._has_descriptors(location.pack)
             start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
             index = names.setdefault((unpacked, location.pack), len(names))
-            places.append(_EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
+            places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
         packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
         blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
         return blob, None not in locations
@@ -203,11 +200,11 @@ class SealedStore:
                 self._packs.move_to_end(name)
                 return known
         unpacked, pack = name
-        size = self.chunks.index(pack).total_bytes
         if unpacked:
-            opened = EnginePack(_Unpacked(self, pack), size * CHUNK_BYTES_MAX)
+            opened = EnginePack(pack, _Unpacked(self, pack), UNPACKED_BYTES)
         else:
-            opened = EnginePack(self.chunks.open_pack(pack), size)
+            data = self.chunks.open_pack(pack)
+            opened = EnginePack(pack, data, data.size())
         with self._mutex:
             self._packs[name] = opened
             if len(self._packs) > PACKS_OPEN_MAX:
@@ -243,9 +240,9 @@ class _Resolver:
     def __call__(self, region: int) -> Region:
         leaf = self._run_of(region).get(region)
         if leaf is None:
-            return region, self._next_from(region), b"", ()
+            return Region(region, self._next_from(region), b"", ())
         extents, packs = self._store.region(leaf)
-        return region, region + 1, extents, packs
+        return Region(region, region + 1, extents, packs)
 
     def _run_of(self, region: int) -> dict[int, Digest]:
         """The leaves of the 256 regions around, in order: what one page above the leaves says."""
@@ -317,7 +314,7 @@ class _Unpacked(DataObject):
         return StoreError(f"pack {self._pack} never changes; this is a bug, please report it")
 
     def size(self) -> int:
-        return self._store.chunks.index(self._pack).total_bytes * CHUNK_BYTES_MAX
+        return UNPACKED_BYTES
 
     def allocated(self) -> int:
         return 0

@@ -22,7 +22,6 @@ from archipfs.map.records import LayerRecord, Sealed, VolumeRecord
 from archipfs.map.seal import Map, Reader, build_map
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX, Digest, LayerId, sectors_of
 
-
 Progress = Callable[[int, int], None]
 """Told how many bytes were read, and of how many about, in the thread that seals; what it raises ends the sealing."""
 
@@ -139,9 +138,7 @@ def _mapped(
     chunks = store.chunks
     with chunks.session() as session:
         bits = mask_bits(mapper)
-        made = build_map(
-            reader, end, map_of(base), chunks, session, mask_bits=bits, threads=threads, progress=advance
-        )
+        made = build_map(reader, end, map_of(base), chunks, session, mask_bits=bits, threads=threads, progress=advance)
         session.flush()
         yield Sealed(made.root.hex(), made.data_bytes, session.added_bytes), session
 

@@ -16,7 +16,7 @@ import msgspec
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ArchipError, Busy, Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
+from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ObjectMissing, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
@@ -471,12 +471,9 @@ class OpenVolume:
                 return
             layer = self._sealed.open_layer(sealed)
             try:
-                try:
-                    engine.rebase(sealed.id, layer)
-                except Busy:
-                    # A crash has left it, sealed though it is, with bits that are not known to be durable.
-                    self._flush(engine, self._owned_lease())
-                    engine.rebase(sealed.id, layer)
+                engine.rebase(sealed.id, layer)
+            except ObjectMissing:
+                return  # it does not have that layer
             finally:
                 layer.close()
 

@@ -143,7 +143,7 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
             _refuse_twin(mapper, mappers)
             mappers[backend.name] = mapper
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
-        sealed = stack.enter_context(_sealed_stores(config, mappers, identity))
+        sealed = stack.enter_context(_sealed_stores(config, mappers))
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
         if recover:
             composer.recover()
@@ -153,13 +153,9 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
 
 
 @contextmanager
-def _sealed_stores(
-    config: Config, mappers: Mapping[str, Mapper], identity: NodeIdentity
-) -> Iterator[Mapping[str, SealedStore]]:
-    shared = Shared(
-        config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects
-    )
-    stores = {name: SealedStore(mapper, shared, identity.id) for name, mapper in mappers.items()}
+def _sealed_stores(config: Config, mappers: Mapping[str, Mapper]) -> Iterator[Mapping[str, SealedStore]]:
+    shared = Shared(config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects)
+    stores = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
     try:
         yield stores
     finally:

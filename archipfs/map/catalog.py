@@ -11,8 +11,8 @@ replacing the volume; removing commits by replacing the volume and deletes the n
 behind is a name record that nobody agrees with: it resolves to nothing and may be taken over.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -105,22 +105,19 @@ class Catalog:
             raise ObjectMissing(f"layer {layer} is not in the store; run `archip check` to see what needs it")
         return found
 
-    def chain(self, head: LayerId) -> list[LayerRecord]:
+    def chain(self, head: LayerId) -> Sequence[LayerRecord]:
         """``head``, the parent that it reads, and so on to the last. Raises ``ObjectMissing``."""
 
-        def read(chain: list[LayerRecord]) -> list[LayerRecord]:
-            return chain
+        return self.with_chain(head, tuple)
 
-        return self.with_chain(head, read)
-
-    def with_chain(self, head: LayerId, use: Callable[[list[LayerRecord]], T]) -> T:
+    def with_chain(self, head: LayerId, use: Callable[[Sequence[LayerRecord]], T]) -> T:
         """What ``use`` makes of the chain, as it is at one moment.
 
         A layer may be sealed at any time: then its objects go, and what it was merged with goes too. So when something
         is missing, to us or to ``use``, and a layer has been sealed since we read its record, all begins anew.
         """
         while True:
-            chain: list[LayerRecord] = []
+            chain = deque[LayerRecord]()
             try:
                 following: LayerId | None = head
                 while following is not None:

@@ -77,7 +77,7 @@ class Mapper:
         self.blocker = blocker
         self.catalog = Catalog(blocker)
         self.locks = Locks(self.catalog, node)
-        self._node = node
+        self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
         self._pending: set[LayerId] = set()
@@ -213,7 +213,7 @@ class Mapper:
 
     @contextmanager
     def _pending_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
-        record = LayerRecord(new_layer_id(), parent, parent_visible, self._node.id, time.time_ns())
+        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns())
         with self._mutex:
             self._pending.add(record.id)
             self._pending_since_reclaim.add(record.id)
@@ -450,7 +450,7 @@ class Mapper:
             pending = self._pending_since_reclaim = set(self._pending)
 
         def in_use(layer: LayerRecord) -> bool:
-            if layer.node == self._node.id:
+            if layer.node == self.node.id:
                 with self._mutex:
                     return layer.id in pending
             return time.time_ns() - layer.created_ns < FOREIGN_GRACE_NS

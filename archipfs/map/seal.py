@@ -103,9 +103,7 @@ def build_map(
     return Map(root, (base.data_bytes if base is not None else 0) + more_sectors * SECTOR_BYTES)
 
 
-def _in_threads(
-    work: Callable[[_Region], _Sealed], regions: Iterator[_Region], threads: int
-) -> Iterator[_Sealed]:
+def _in_threads(work: Callable[[_Region], _Sealed], regions: Iterator[_Region], threads: int) -> Iterator[_Sealed]:
     """The results in order, with one region more under way than there are threads."""
     under_way: deque[Future[_Sealed]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="seal") as pool:
@@ -161,9 +159,7 @@ def _changed_regions(reader: Reader, end: int, base: _Cursor) -> Iterator[_Regio
         run = _pass_over(reader, end, base, run)
 
 
-def _pass_over(
-    reader: Reader, end: int, base: _Cursor, run: tuple[int, int] | None
-) -> tuple[int, int] | None:
+def _pass_over(reader: Reader, end: int, base: _Cursor, run: tuple[int, int] | None) -> tuple[int, int] | None:
     """Without whole regions, at its beginning, that are holes and that the base has nothing of: what a large volume
     that shrank hides goes on for terabytes."""
     while run is not None and run[1] - run[0] > REGION_BYTES:
