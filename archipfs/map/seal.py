@@ -9,9 +9,8 @@ making, and for each changed region the digest of its new page (about 200 bytes,
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,16 +104,16 @@ def build_map(
 
 
 def _in_threads(work: Callable[[_Region], _Sealed], regions: Iterator[_Region], threads: int) -> Iterator[_Sealed]:
-    """The results in order, with one region more under way than there are threads."""
-    under_way: deque[Future[_Sealed]] = deque()
+    """The results, in no order: a thread may be putting a pack for long. One region waits for the next free thread."""
+    under_way: set[Future[_Sealed]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="seal") as pool:
         try:
             for region in regions:
-                under_way.append(pool.submit(work, region))
+                under_way.add(pool.submit(work, region))
                 if len(under_way) > threads:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(under_way))
         finally:
             for future in under_way:
                 future.cancel()
