@@ -15,8 +15,8 @@ missing. It may have packs that another node's garbage collection took away: rea
 never with other bytes, for a pack's name stands for its content; it is forgotten then, and other copies are tried. And
 a session that relied on one learns it from ``verify`` (docs/architecture.md, "Seal" and "Garbage collection").
 
-Memory: a session holds the pack that it fills and those that it is just putting, one a thread at most, each in two
-copies while it is put; with a hash that is not trusted the chunks' bytes too.
+Memory: a session holds the pack that it fills and those that it is just putting, one a thread at most; with a hash
+that is not trusted the chunks' bytes a second time.
 """
 
 import threading
@@ -491,12 +491,12 @@ class Session:
             self._putting += 1
         done = False
         try:
-            pack, data = filling.builder.build()
+            pack, pieces = filling.builder.pieces()
             with self._changed:
                 # Before it is in the store: garbage collection in this process must not find it unpinned.
                 self._relied_upon.add(pack)
-            self._store.blocker.put(pack_key(pack), data)
-            self._store.cache.add_pack(parse(pack, memoryview(data)[: index_bytes(data[:HEADER_BYTES])]))
+            self._store.blocker.put(pack_key(pack), pieces)
+            self._store.cache.add_pack(parse(pack, pieces[0]))
             done = True
         finally:
             with self._changed:

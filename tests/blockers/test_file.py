@@ -30,7 +30,7 @@ from archipfs.errors import (
 )
 from tests.blockers.conformance import Conformance, History, Store, check_churn, churn, stands
 
-CHANGES = ("open", "write", "fsync", "link", "rename", "unlink", "rmdir", "mkdir")
+CHANGES = ("open", "write", "writev", "fsync", "link", "rename", "unlink", "rmdir", "mkdir")
 """The system calls between which a crash makes a difference; ``open`` also where it only reads."""
 
 

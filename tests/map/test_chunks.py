@@ -5,7 +5,7 @@ import itertools
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -326,10 +326,12 @@ def test_sessions_pin_what_they_wrote_and_hit(blocker: MemoryBlocker, nodes: Nod
     assert store.pinned() == set()
 
 
-def test_a_pack_is_pinned_before_it_is_in_the_store(nodes: Nodes) -> None:
+def test_a_pack_is_pinned_before_it_is_in_the_store_and_known_only_after(nodes: Nodes) -> None:
     class Watched(MemoryBlocker):
-        def put(self, key: str, data: bytes) -> None:
-            assert PackId(key.partition("/")[2]) in store.pinned()
+        def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
+            pack = PackId(key.partition("/")[2])
+            assert pack in store.pinned()
+            assert pack not in store.packs()
             super().put(key, data)
             seen.append(key)
 
