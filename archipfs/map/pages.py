@@ -83,8 +83,9 @@ def decode_leaf(page: bytes) -> list[Extent]:
 
 def encode_node(level: int, slots: Sequence[Slot], digest_bytes: int) -> bytes:
     """A page of level 1, 2 or 3."""
+    assert 1 <= level <= ROOT_LEVEL
     assert slots or level == ROOT_LEVEL
-    assert _slots_fault(level, slots) is None
+    assert _slots_fault(slots) is None
     assert all(len(slot.digest) == digest_bytes for slot in slots)
     header = _HEADER.pack(_MAGIC, _VERSION, level, digest_bytes, len(slots))
     return header + b"".join(_node_entry(digest_bytes).pack(*slot) for slot in slots)
@@ -93,8 +94,10 @@ def encode_node(level: int, slots: Sequence[Slot], digest_bytes: int) -> bytes:
 def decode_node(page: bytes) -> tuple[int, list[Slot]]:
     """The level of a page above the leaves, and where it leads to, in order."""
     level, digest_bytes = _header(page)
+    if level == 0:
+        raise _damaged("a page above the leaves was expected where a leaf lies")
     slots = [Slot(slot, Digest(digest)) for slot, digest in _node_entry(digest_bytes).iter_unpack(page[_HEADER.size :])]
-    fault = _slots_fault(level, slots)
+    fault = _slots_fault(slots)
     if fault is not None:
         raise _damaged(fault)
     return level, slots
@@ -196,10 +199,8 @@ def _extents_fault(extents: Sequence[Extent]) -> str | None:
     return None
 
 
-def _slots_fault(level: int, slots: Sequence[Slot]) -> str | None:
-    """What is wrong with the slots of a page of that level."""
-    if not 1 <= level <= ROOT_LEVEL:
-        return f"a page above the leaves was expected where one of level {level} lies"
+def _slots_fault(slots: Sequence[Slot]) -> str | None:
+    """What is wrong with the slots of a page."""
     next_slot = 0
     for slot, _ in slots:
         if not next_slot <= slot < FANOUT:
