@@ -27,7 +27,7 @@ _MAGIC = b"archpage"
 _VERSION = 1
 _HEADER = struct.Struct("<8sHBBI")
 """Magic, version, level, digest bytes, entries."""
-_DIGEST_BYTES_MIN, _DIGEST_BYTES_MAX = 16, 32
+_DIGEST_BYTES = (16, 32)
 
 
 class Extent(NamedTuple):
@@ -57,6 +57,7 @@ def encode_leaf(extents: Sequence[Extent], digest_bytes: int) -> bytes:
     entry = _leaf_entry(digest_bytes)
     assert extents
     assert _extents_fault(extents) is None
+    assert digest_bytes in _DIGEST_BYTES
     assert all(len(extent.digest) == digest_bytes for extent in extents)
     page = bytearray(_HEADER.size + len(extents) * entry.size)
     _HEADER.pack_into(page, 0, _MAGIC, _VERSION, 0, digest_bytes, len(extents))
@@ -86,6 +87,7 @@ def encode_node(level: int, slots: Sequence[Slot], digest_bytes: int) -> bytes:
     assert 1 <= level <= ROOT_LEVEL
     assert slots or level == ROOT_LEVEL
     assert _slots_fault(slots) is None
+    assert digest_bytes in _DIGEST_BYTES
     assert all(len(slot.digest) == digest_bytes for slot in slots)
     header = _HEADER.pack(_MAGIC, _VERSION, level, digest_bytes, len(slots))
     return header + b"".join(_node_entry(digest_bytes).pack(*slot) for slot in slots)
@@ -179,7 +181,7 @@ def _header(page: bytes) -> tuple[int, int]:
         raise _damaged("it does not begin as pages do")
     if version > _VERSION:
         raise FormatTooNew(f"a map page has format {version}, this archipfs reads {_VERSION}; upgrade archipfs")
-    if version != _VERSION or level > ROOT_LEVEL or digest_bytes not in (_DIGEST_BYTES_MIN, _DIGEST_BYTES_MAX):
+    if version != _VERSION or level > ROOT_LEVEL or digest_bytes not in _DIGEST_BYTES:
         raise _damaged("its header makes no sense")
     if entries == 0 and level != ROOT_LEVEL:
         raise _damaged("it is empty, and no root")
