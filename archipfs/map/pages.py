@@ -127,6 +127,26 @@ def node_digests(page: bytes) -> list[Digest]:
     return [slot.digest for slot in decode_node(page)[1]]
 
 
+def find_slot(page: bytes, slot: int) -> tuple[int, Digest | None]:
+    """The level of a page above the leaves, and where that slot of it leads to.
+
+    Of what ``decode_node`` checks, only the header and the length: this is for pages that were read by their digest.
+    """
+    level, digest_bytes = _header(page)
+    if level == 0:
+        raise _damaged("a page above the leaves was expected where a leaf lies")
+    entry = _node_entry(digest_bytes)
+
+    def slot_at(place: int) -> int:
+        return int.from_bytes(page[place : place + 2], "little")
+
+    places = range(_HEADER.size, len(page), entry.size)
+    index = bisect_left(places, slot, key=slot_at)
+    if index == len(places) or slot_at(places[index]) != slot:
+        return level, None
+    return level, Digest(page[places[index] + 2 : places[index] + entry.size])
+
+
 def overlay(below: Sequence[Extent], first: int, count: int, above: Sequence[Extent]) -> list[Extent]:
     """``below`` with the sectors [first, first + count) replaced by what ``above`` has there, holes included.
 

@@ -15,6 +15,7 @@ from archipfs.map.pages import (
     decode_node,
     encode_leaf,
     encode_node,
+    find_slot,
     leaf_digests,
     level_of,
     node_digests,
@@ -112,6 +113,14 @@ def test_a_node_there_and_back(node: tuple[int, list[Slot], int]) -> None:
     assert node_digests(page) == [slot.digest for slot in node[1]]
 
 
+@given(nodes())
+def test_one_slot_of_a_node(node: tuple[int, list[Slot], int]) -> None:
+    level, slots, digest_bytes = node
+    page = encode_node(level, slots, digest_bytes)
+    expected = {slot.slot: slot.digest for slot in slots}
+    assert [find_slot(page, slot) for slot in range(256)] == [(level, expected.get(slot)) for slot in range(256)]
+
+
 @given(leaves())
 def test_the_digests_of_a_leaf_at_one_go(leaf: tuple[list[Extent], int]) -> None:
     found = leaf_digests(encode_leaf(*leaf))
@@ -196,7 +205,7 @@ def test_a_page_of_another_level_is_damage() -> None:
     # 17 entries of a leaf are as long as 20 of a node; 16 are as long as no number of them.
     for entries in (16, 17):
         leaf = encode_leaf([Extent(first, 1, called(1), 0) for first in range(entries)], 32)
-        for read in (decode_node, node_digests):
+        for read in (decode_node, node_digests, lambda page: find_slot(page, 0)):
             with pytest.raises(ObjectDamaged, match="where a leaf lies"):
                 read(leaf)
 
