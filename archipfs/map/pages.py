@@ -12,12 +12,13 @@ import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
-
-import numpy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from archipfs.errors import FormatTooNew, ObjectDamaged
 from archipfs.types import CHUNK_SECTORS_MAX, REGION_SECTORS, Digest
+
+if TYPE_CHECKING:
+    import numpy
 
 SLOT_BITS = 8
 FANOUT = 1 << SLOT_BITS
@@ -115,6 +116,8 @@ def leaf_digests(page: bytes) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint64]]"
 
     Of what ``decode_leaf`` checks, only the header and the length: this is for pages that were read by their digest.
     """
+    import numpy  # takes longer to load than all the rest, and commands that collect no garbage do without
+
     level, digest_bytes = _header(page)
     if level != 0:
         raise _damaged(f"a leaf was expected where a page of level {level} lies")
