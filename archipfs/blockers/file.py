@@ -512,6 +512,7 @@ class FileBlocker(Blocker):
     def delete(self, key: str) -> None:
         directory, path = self._object_path(key)
         self._remove_file(directory, path)
+        self._keep_reserve()
 
     def list(self, kind: str) -> Iterator[str]:
         check_kind(kind)

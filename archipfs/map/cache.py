@@ -286,7 +286,10 @@ class _Env:
     def _error(self, error: lmdb.Error) -> ArchipError:
         if isinstance(error, lmdb.DiskError):
             return _full(self._path)
-        return StoreError(f"cache {self._path}: {error}; check the directory's owner, mode and disk, or remove it")
+        # LMDB says EIO where a write came short, as it does on a disk that is just filling up.
+        return StoreError(
+            f"cache {self._path}: {error}; check its disk for space and errors, and the directory's owner"
+        )
 
 
 # The cache

@@ -197,6 +197,16 @@ def test_short_writes_and_reads_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data.pread(0, 13) == b"\0abcdefghij\0\0"
 
 
+def test_short_writes_of_pieces_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = FileBlocker.create(tmp_path)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, view: write(fd, bytes(view)[:2]))
+    for short in range(12):
+        monkeypatch.setattr(os, "writev", lambda fd, pieces, short=short: write(fd, b"".join(pieces)[:short]))
+        blocker.put(f"pack/{short}", [b"abc", b"", b"defg", b"hij"])
+        assert blocker.get(f"pack/{short}") == b"abcdefghij"
+
+
 def test_punch_gives_space_back(tmp_path: Path) -> None:
     data = FileBlocker.create(tmp_path).create_data("layer/a")
     data.pwrite(0, b"x" * (1 << 20))
@@ -499,7 +509,8 @@ def test_crash_of_delete_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert crashes > 20
 
 
-def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [b"whole", [b"wh", b"", b"ole"]], ids=["one", "pieces"])
+def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes | list[bytes]) -> None:
     def check(blocker: Blocker, _: int, crashed: bool) -> None:
         assert crashed or blocker.exists("pack/a")
         if blocker.exists("pack/a"):
@@ -510,7 +521,7 @@ def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         blocker.delete("pack/a")
         assert not blocker.exists("pack/a")
 
-    assert enumerate_crashes(tmp_path, monkeypatch, lambda _: 0, lambda b, _: b.put("pack/a", b"whole"), check) > 10
+    assert enumerate_crashes(tmp_path, monkeypatch, lambda _: 0, lambda b, _: b.put("pack/a", whole), check) > 10
 
 
 def test_crash_of_create_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

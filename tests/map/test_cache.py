@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import archipfs.map.cache as cache_module
-from archipfs.errors import Busy, StoreError
+from archipfs.errors import Busy, StoreError, StoreFull
 from archipfs.map.cache import Cache, Location
 from archipfs.map.packs import Coding, Entry, Kind, PackIndex
 from archipfs.types import Digest, PackId
 from tests.blockers.conformance import run_threads
+from tests.lib.programs import run
 
 MIB = 1 << 20
 
@@ -184,6 +186,7 @@ def test_it_grows_beyond_its_first_size(tmp_path: Path, monkeypatch: pytest.Monk
 
 FILLING = """
 import os, sys
+from contextlib import suppress
 from pathlib import Path
 sys.path.insert(0, os.getcwd())
 from archipfs.map.cache import Cache
@@ -330,3 +333,22 @@ def test_one_process_has_it(tmp_path: Path) -> None:
     with Cache(tmp_path), pytest.raises(Busy, match="state_dir"):
         Cache(tmp_path)
     Cache(tmp_path).close()
+
+
+def test_a_full_disk_is_said_and_loses_only_what_did_not_fit(tmp_path: Path) -> None:
+    run("mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path)
+    try:
+        with Cache(tmp_path / "cache") as cache:
+            count = 0
+            with suppress(StoreError):
+                while count < 1000:
+                    cache.add_pack(pack(count, list(range(1000 * count, 1000 * count + 500))))
+                    count += 1
+            with pytest.raises(StoreError, match="space"):
+                cache.add_pack(pack(1000, list(range(500))))
+            with pytest.raises(StoreFull, match="free some"):
+                cache.page_put(digest(1), bytes(2 * MIB))
+            assert cache.packs() == {pack_id(number) for number in range(count)}
+            assert places(cache, 499) == {(pack_id(0), 8192 + 4096 * 499)}
+    finally:
+        run("umount", tmp_path)

@@ -122,6 +122,17 @@ def test_packs_are_about_as_large_as_wished(blocker: MemoryBlocker, nodes: Nodes
     assert nodes(MemoryBlocker(pack_bytes=77), "b", pack_bytes=None).pack_bytes == 77
 
 
+def test_what_another_node_stored_is_not_stored_again(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    chunks = [chunk(seed) for seed in range(20)]
+    digests = store_all(nodes(blocker), chunks)
+    other = nodes(blocker, "b")
+    seen: list[tuple[int, int]] = []
+    with other.session(lambda done, total: seen.append((done, total))) as session:
+        assert [add(session, data) for data in chunks] == digests
+        assert session.added_chunks == 0
+    assert seen
+
+
 def test_the_same_is_stored_once(blocker: MemoryBlocker, nodes: Nodes) -> None:
     store = nodes(blocker)
     data = chunk(1)
@@ -238,10 +249,11 @@ def test_a_damaged_head_is_reported_and_keeps_no_other_pack_out(blocker: MemoryB
 
 def test_a_copy_is_read_where_one_is_damaged_or_gone(blocker: MemoryBlocker, nodes: Nodes) -> None:
     store = nodes(blocker)
-    digest = store_all(store, [chunk(1)])[0]
-    # Another node, which had not heard of the first pack.
-    other = nodes(blocker, "b", pack_bytes=1)
-    assert store_all(other, [chunk(1)]) == [digest]
+    with store.session() as one, nodes(blocker, "b").session() as another:
+        digest = add(one, chunk(1))
+        assert add(another, chunk(1)) == digest
+        one.flush()
+        another.flush()
     store.refresh()
     places = [store.locate(digest)]
     assert len(store.packs()) == 2
@@ -310,6 +322,33 @@ def test_verify_sees_what_is_swept(blocker: MemoryBlocker, nodes: Nodes, how: st
     assert store_all(store, [chunk(1)]) == [digest]
     assert store.locate(digest).pack != pack
     assert store.read(digest) == chunk(1)
+
+
+@pytest.mark.parametrize("first", ["list", "list_records"])
+def test_verify_sees_a_sweep_that_ends_while_it_looks(
+    nodes: Nodes, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pack is condemned, and after the first look of one kind it is deleted, and then its record."""
+    blocker = MemoryBlocker()
+    store = nodes(blocker)
+    real = getattr(blocker, first)
+
+    def look(kind: str) -> Iterator[object]:
+        found = tuple(real(kind))
+        blocker.delete(pack_key(pack))
+        record = Catalog(blocker).get(CondemnedRecord, pack)
+        if record is not None:
+            Catalog(blocker).delete(CondemnedRecord, pack, record.version)
+        return iter(found)
+
+    with store.session() as session:
+        add(session, chunk(1))
+        session.flush()
+        (pack,) = session.relied_upon()
+        condemn(blocker, pack)
+        monkeypatch.setattr(blocker, first, look)
+        with pytest.raises(Swept):
+            session.verify()
 
 
 def test_sessions_pin_what_they_wrote_and_hit(blocker: MemoryBlocker, nodes: Nodes) -> None:
