@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,11 +144,12 @@ def test_pages_and_regions_are_bounded_and_keep_what_is_new(tmp_path: Path) -> N
 
 def test_a_page_put_again_is_the_newest(tmp_path: Path) -> None:
     with Cache(tmp_path, regions_bytes_max=64 << 10) as cache:
-        cache.region_put(digest(0), b"old")
-        for number in range(1, 30):
-            cache.region_put(digest(number), bytes(2000))
-        cache.region_put(digest(0), b"new")
-        assert cache.region_get(digest(0)) == b"new"
+        for between in range(30):
+            cache.region_put(digest(0), b"old")
+            for number in range(between):
+                cache.region_put(digest(1000 * between + number), bytes(2000))
+            cache.region_put(digest(0), b"new")
+            assert cache.region_get(digest(0)) == b"new"
 
 
 def test_regions_are_forgotten_alone(tmp_path: Path) -> None:
@@ -321,6 +323,30 @@ def test_damage_that_lmdb_finds_in_use_begins_anew_beside_others(
         failing[0] = 5
         with pytest.raises(StoreError, match="disk"):
             cache.add_pack(pack(3, [3]))
+
+
+def test_damage_that_two_find_at_once_is_mended_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache(tmp_path) as cache:
+        cache.add_pack(pack(1, [1]))
+        real = cache_module._Txn.cursor
+        both = threading.Barrier(2)
+        failed = []
+
+        def cursor(self: cache_module._Txn, database: str) -> object:
+            if len(failed) < 2:
+                failed.append(database)
+                both.wait(10)
+                raise cache_module.lmdb.CorruptedError("made up")
+            return real(self, database)
+
+        def find_and_add(number: int) -> None:
+            assert cache.find([digest(1)]) == [[]]
+            cache.add_pack(pack(number, [number]))
+
+        monkeypatch.setattr(cache_module._Txn, "cursor", cursor)
+        run_threads([lambda: find_and_add(2), lambda: find_and_add(3)])
+        assert cache.packs() == {pack_id(2), pack_id(3)}
+        assert cache._index._generation == 1
 
 
 def test_a_place_that_cannot_be_used(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -636,6 +637,32 @@ def test_threads_that_add_at_once(blocker: MemoryBlocker, nodes: Nodes, hash_: C
     entries = [entry for pack in reader.packs() for entry in reader.index(pack).entries]
     assert session.added_bytes == sum(entry.stored_bytes for entry in entries)
     assert len(entries) == session.added_chunks
+
+
+def test_two_threads_with_the_same_chunk_store_it_once(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked for it in vain before either adds it."""
+    store = nodes(blocker)
+    looked = threading.Barrier(2)
+    real = store.place_to_rely_on
+    looks = itertools.count()
+
+    def look(digest: Digest, data: bytes) -> object:
+        found = real(digest, data)
+        if next(looks) < 2:
+            looked.wait(10)
+        return found
+
+    monkeypatch.setattr(store, "place_to_rely_on", look)
+    new: list[bool] = []
+    with store.session() as session:
+        digest = BLAKE3.digest(chunk(1))
+        run_threads([lambda: new.append(session.add_chunk(digest, chunk(1)))] * 2)
+        session.flush()
+    assert sorted(new) == [False, True]
+    assert (session.added_chunks, session.hit_chunks) == (1, 1)
+    assert sum(len(store.index(pack).entries) for pack in store.packs()) == 1
 
 
 def test_two_sessions_at_once_store_what_both_need(blocker: MemoryBlocker, nodes: Nodes) -> None:
