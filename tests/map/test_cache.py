@@ -20,6 +20,7 @@ from archipfs.map.cache import Cache, Location
 from archipfs.map.packs import Coding, Entry, Kind, PackIndex
 from archipfs.types import Digest, PackId
 from tests.blockers.conformance import run_threads
+from tests.lib.disks import mounted
 from tests.lib.programs import run
 
 MIB = 1 << 20
@@ -378,3 +379,20 @@ def test_a_full_disk_is_said_and_loses_only_what_did_not_fit(tmp_path: Path) -> 
             assert places(cache, 499) == {(pack_id(0), 8192 + 4096 * 499)}
     finally:
         run("umount", tmp_path)
+
+
+def test_after_a_kill_it_is_not_believed_if_its_file_system_was_mounted_anew(tmp_path: Path) -> None:
+    """Within one boot a file system may lose what was not synced, and come back."""
+    disk = tmp_path / "disk"
+    image = tmp_path / "image"
+    disk.mkdir()
+    with open(image, "wb") as stream:
+        stream.truncate(32 * MIB)
+    run("mkfs.ext4", "-q", "-F", image)
+    with mounted(image, disk, "loop"):
+        killed_with_cache(disk / "cache")
+        with Cache(disk / "cache") as cache:
+            assert cache.packs() == {pack_id(1)}
+        killed_with_cache(disk / "cache")
+    with mounted(image, disk, "loop"), Cache(disk / "cache") as cache:
+        assert cache.packs() == set()
