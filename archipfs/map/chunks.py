@@ -488,6 +488,7 @@ class Session:
         return PackBuilder(self._store.hash.digest_bytes, self._store.node, time.time_ns())
 
     def _close_filling(self) -> None:
+        """Have it put next; ``_changed`` is held."""
         if self._filling.digests:
             self._full.append(self._filling)
             self._filling = _Filling(self._new_builder())
