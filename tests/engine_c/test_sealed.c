@@ -467,6 +467,11 @@ static int resolve_elsewhere(void *ctx, uint64_t region, struct ae_region **made
     return ae_region_make(region + 1, region + 2, NULL, 0, NULL, 0, made);
 }
 
+static int resolve_nothing(void *ctx, uint64_t region, struct ae_region **made) {
+    (void)ctx, (void)region, (void)made;
+    return 0;
+}
+
 static void test_a_failing_resolver_fails_the_call(void) {
     struct map *map = map_start(4, 10 * MIB, false);
     struct ae_volume *volume = map_volume(map);
@@ -484,13 +489,16 @@ static void test_a_failing_resolver_fails_the_call(void) {
     CHECK_EQUAL(ae_read(volume, &byte, 1, 0), 1);
     ae_volume_close(volume, false);
 
-    struct ae_resolver resolver = {.resolve = resolve_elsewhere, .close = map_close, .ctx = map};
-    struct ae_layer *layer;
-    CHECK_EQUAL(ae_layer_open_sealed((const uint8_t[16]){7}, map->table, resolver, &layer), 0);
-    CHECK_EQUAL(ae_volume_open(&layer, 1, volume_size, false, &volume), 0);
-    CHECK_EQUAL(ae_read(volume, &byte, 1, 0), -EIO);
-    ae_volume_close(volume, false);
-    ae_layer_release(layer);
+    int (*const wrong[])(void *, uint64_t, struct ae_region **) = {resolve_elsewhere, resolve_nothing};
+    for (size_t i = 0; i < 2; i++) {
+        struct ae_resolver resolver = {.resolve = wrong[i], .close = map_close, .ctx = map};
+        struct ae_layer *layer;
+        CHECK_EQUAL(ae_layer_open_sealed((const uint8_t[16]){7}, map->table, resolver, &layer), 0);
+        CHECK_EQUAL(ae_volume_open(&layer, 1, volume_size, false, &volume), 0);
+        CHECK_EQUAL(ae_read(volume, &byte, 1, 0), -EIO);
+        ae_volume_close(volume, false);
+        ae_layer_release(layer);
+    }
     map_end(map);
 }
 
