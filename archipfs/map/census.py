@@ -125,6 +125,4 @@ def _without_copy(
         bad = damage.get(order[number], frozenset())
         held = {entry.digest for entry in index_of(order[number]).entries}
         # A damaged copy stands for another damaged one only where no whole one was found.
-        yield from (
-            each for each in waiting if each.digest not in held or (each.whole and each.digest in bad)
-        )
+        yield from (each for each in waiting if each.digest not in held or (each.whole and each.digest in bad))

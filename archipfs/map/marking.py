@@ -100,7 +100,7 @@ class Marking:
                 each_page()
         except (ObjectMissing, ObjectDamaged, FormatTooNew) as error:
             raise type(error)(
-                f"the map of layer {layer} cannot be read, so nothing is deleted, as nobody knows what it needs: {error}"
+                f"map of layer {layer} cannot be read, so nobody knows what it needs, and nothing is deleted: {error}"
             ) from error
         finally:
             self.marks.add(prefixes(pages))
