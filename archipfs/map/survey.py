@@ -104,7 +104,7 @@ def holders(
                 tainted[digest] = any(extent.digest in lost for extent in decode_leaf(store.page(digest)))
             else:
                 below = _children(digest, store.page(digest), level)
-                tainted[digest] = any([leads_to_lost(child, level - 1) for _, child in below])
+                tainted[digest] = any(leads_to_lost(child, level - 1) for _, child in below)
         return tainted[digest]
 
     def runs(digest: Digest, level: int, region: int) -> Iterator[tuple[int, int, Digest]]:
