@@ -8,6 +8,7 @@ Memory: a region and its chunks for each thread and one more (4 MiB each), what 
 making, and for each changed region the digest of its new page (about 200 bytes, so 50 MiB for a whole TiB).
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from archipfs.map.chunker import cut
 from archipfs.map.chunks import ChunkStore, Session
 from archipfs.map.pages import Extent, decode_leaf, encode_leaf, overlay
 from archipfs.map.tree import Tree, updated
-from archipfs.types import REGION_BYTES, REGION_SECTORS, SECTOR_BYTES, Digest
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest
 
 EXTENTS_MAX = 384
 """How many pieces a region may be in; with more it is read whole and cut afresh."""
@@ -42,8 +43,8 @@ class Reader(Protocol):
     def next_hole(self, offset: int) -> int | None:
         """The first offset from ``offset`` on that is known to be a hole."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly so many bytes."""
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer; what lies behind the end is zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ class _Sealer:
         self._store = store
         self._session = session
         self._mask_bits = mask_bits
+        self._own = threading.local()
 
     def seal(self, region: _Region) -> _Sealed:
         below = decode_leaf(self._store.page(region.leaf)) if region.leaf is not None else []
@@ -217,7 +219,8 @@ class _Sealer:
 
     def _store_chunks(self, start: int, end: int, region_start: int) -> list[Extent]:
         first = (start - region_start) // SECTOR_BYTES
-        data = memoryview(self._reader.read(start, end - start))
+        data = self._buffer()[: end - start]
+        self._reader.read_into(start, data)
         extents = []
         for piece in cut(data, self._mask_bits):
             chunk = data[piece.first * SECTOR_BYTES : (piece.first + piece.count) * SECTOR_BYTES]
@@ -226,9 +229,13 @@ class _Sealer:
             extents.append(Extent(first + piece.first, piece.count, digest, 0))
         return extents
 
+    def _buffer(self) -> memoryview:
+        """A region's room, the same for each call of a thread: the session copies what it keeps."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(REGION_BYTES))
+        buffer: memoryview = self._own.buffer
+        return buffer
+
 
 def _sectors(extents: list[Extent]) -> int:
     return sum(extent.count for extent in extents)
-
-
-assert EXTENTS_MAX < REGION_SECTORS
