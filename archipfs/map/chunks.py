@@ -294,6 +294,11 @@ class ChunkStore:
             self.cache.page_put(digest, page)
         return page
 
+    def keep_pages(self, pages: Sequence[tuple[Digest, bytes]]) -> None:
+        """Have LMDB know pages that are just being stored: whoever reads the volume, or seals what is written on top of
+        it, needs them soon."""
+        self.cache.pages_put(pages)
+
     def open_pack(self, pack: PackId) -> DataObject:
         """The pack, to read at its places. Raises ``ObjectMissing``, and ``ObjectDamaged`` if its size is not right.
 
