@@ -125,6 +125,8 @@ struct ae_region;
 
 int ae_region_make(uint64_t first_region, uint64_t end_region, const struct ae_extent *extents, size_t count,
                    struct ae_pack *const *packs, size_t pack_count, struct ae_region **region);
+/* For a resolver that made one and fails after all. */
+void ae_region_release(struct ae_region *region);
 
 /*
  * Who knows where a region of a sealed layer lies. `resolve` makes the one that has `region` in it, which goes over to
@@ -137,7 +139,7 @@ struct ae_resolver {
 };
 
 /*
- * The resolved regions of all sealed layers of a process: at most `bytes_max` bytes of them. A region takes about 100
+ * The resolved regions of all sealed layers of a process: at most `bytes_max` bytes of them. A region takes 104
  * bytes, 16 for each extent (those that continue each other in one pack are one) and 8 for each pack it names. A pack
  * is let go of with the last region that names it. Regions in a reader's hands are kept beside that until he is done.
  */
