@@ -17,16 +17,25 @@ from archipfs.map.mapper import Attributes, Mapper
 from archipfs.types import RequestId
 
 Answer = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+"""Told by a long command how much it has done, and of how much; only in the thread in which the command was called.
+
+It raises to have the command end, because nobody waits for the answer any more."""
+
+
+def ignored(done: int, total: int) -> None:
+    """For those who do not want to know how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """How a command came, for those that must not be done twice."""
+    """How a command came, for those that must not be done twice and for those that take long."""
 
     request: RequestId | None = None
     """The same when it comes again; ``None`` if it never does."""
     again: bool = False
     """It was sent before, and may have been done."""
+    progress: Progress = ignored
 
 
 def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Sent()) -> Any:
@@ -34,7 +43,7 @@ def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Se
     function = COMMANDS.get(command)
     if function is None:
         raise DaemonError(f"the daemon does not know {command}; it is of another version, mount again")
-    context = (node, sent) if command in NOT_TWICE else (node,)
+    context = (node, sent) if command in NOT_TWICE or command in LONG else (node,)
     try:
         inspect.signature(function).bind(*context, **arguments)
     except TypeError as error:
@@ -209,3 +218,6 @@ NOT_TWICE = frozenset(
     {"volume-create", "volume-snapshot", "volume-clone", "volume-rename", "volume-rollback", "volume-remove"}
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
+
+LONG = frozenset[str]()
+"""Their functions are told how the command came too: they say how far they are."""
