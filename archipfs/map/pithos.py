@@ -1,11 +1,11 @@
 """Pithos' hash map of a volume: what an object is to Pithos, so that a volume can be registered there as an image.
 
-An object is cut into blocks of 4 MiB. A block's hash is the SHA-256 of it without the zeros at its end, so that the last
-one needs no padding and a hole has the hash of nothing. The *top hash* is that of a Merkle tree over them: a binary tree
-whose leaves are the blocks' hashes, as many of 32 zero bytes after them as make their number a power of two; a single
-block's own hash is the top, and where there is no block it is the hash of nothing.
+An object is cut into blocks of 4 MiB. A block's hash is the SHA-256 of it without the zeros at its end, so that the
+last one needs no padding and a hole has the hash of nothing. The *top hash* is that of a Merkle tree over them: a
+binary tree whose leaves are the blocks' hashes, with as many of 32 zero bytes behind them as make their number a power
+of two; a single block's own hash is the top, and where there is no block it is the hash of nothing.
 
-The definition is Pithos' own (snf-pithos-backend, ``hashmap.py``), as is the JSON (Pithos API guide, "GET" of an object
+The definition is Pithos' own (synnefo's ``hashmap.py``), as is the JSON (Pithos API guide: GET and PUT of an object
 with ``hashmap`` and ``format=json``). Pure: no I/O.
 """
 
