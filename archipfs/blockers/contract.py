@@ -143,6 +143,14 @@ class Blocker(ABC):
         """A range of it in bytes (to its end for ``None``); less than ``length`` where it ends before."""
 
     @abstractmethod
+    def open(self, key: str) -> DataObject:
+        """Open one for reading, at once or piece by piece. Raises ``ObjectMissing``.
+
+        Changing it is a ``StoreError``. When it is deleted, those who have it open go on reading it or get
+        ``ObjectMissing``, never other bytes.
+        """
+
+    @abstractmethod
     def exists(self, key: str) -> bool:
         """Whether it is there."""
 
@@ -153,6 +161,11 @@ class Blocker(ABC):
     @abstractmethod
     def list(self, kind: str) -> Iterator[str]:
         """Keys of all immutable objects of a kind, in no order. What comes or goes meanwhile may be in it or not."""
+
+    @property
+    @abstractmethod
+    def pack_bytes(self) -> int:
+        """How large an immutable object should be that may be of any size: the driver's wish, not a bound."""
 
     # Data objects
 

@@ -126,6 +126,7 @@ _INTENT = "w"
 _VERSION_DIGITS = 20
 
 RESERVE_BYTES = 1 << 20
+PACK_BYTES = 64 << 20
 _TMP_AGE_MAX_S = 24 * 3600
 _READ_BYTES = 64 << 10
 _ZEROS = bytes(1 << 20)
@@ -494,6 +495,11 @@ class FileBlocker(Blocker):
                 os.close(fd)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def open(self, key: str) -> DataObject:
+        _, path = self._object_path(key)
+        with _errors_as(f"opening {path}"):
+            return FileDataObject(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
+
     def exists(self, key: str) -> bool:
         _, path = self._object_path(key)
         with _errors_as(f"looking for {path}"):
@@ -529,6 +535,10 @@ class FileBlocker(Blocker):
                 _sync_directory(directory)
             except FileNotFoundError:
                 self._check_there()
+
+    @property
+    def pack_bytes(self) -> int:
+        return PACK_BYTES
 
     # Data objects
 

@@ -13,6 +13,7 @@ from archipfs.blockers.contract import Blocker, DataObject, Record, Space, check
 from archipfs.errors import AlreadyExists, Conflict, ObjectMissing, StoreError, TooLarge
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 
+PACK_BYTES = 64 << 20
 _ZERO_SECTOR = bytes(SECTOR_BYTES)
 
 
@@ -163,7 +164,8 @@ class MemoryDataObject(DataObject):
 class MemoryBlocker(Blocker):
     """An empty store."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pack_bytes: int = PACK_BYTES) -> None:
+        self._pack_bytes = pack_bytes
         self._lock = Lock()
         self._objects: dict[str, bytes] = {}
         self._data: dict[str, _Sparse] = {}
@@ -186,6 +188,11 @@ class MemoryBlocker(Blocker):
             raise ObjectMissing(f"reading {key}: no such object; check the store with `archip check`")
         return data[offset:] if length is None else data[offset : offset + length]
 
+    def open(self, key: str) -> DataObject:
+        content = _Sparse()
+        MemoryDataObject(content, key, writable=True).pwrite(0, self.get(key))
+        return MemoryDataObject(content, key, writable=False)
+
     def exists(self, key: str) -> bool:
         check_key(key)
         return key in self._objects
@@ -200,6 +207,10 @@ class MemoryBlocker(Blocker):
         with self._lock:
             keys = tuple(key for key in self._objects if key.startswith(f"{kind}/"))
         yield from keys
+
+    @property
+    def pack_bytes(self) -> int:
+        return self._pack_bytes
 
     # Data objects
 
