@@ -287,6 +287,25 @@ class OpenVolume:
         finally:
             engine.close(clean=False)
 
+    @contextmanager
+    def reading_frozen(self) -> Iterator[EngineVolume]:
+        """An engine, within the block, over what the volume holds now, which nobody writes to.
+
+        A writable volume is frozen for that, as for a clone. Raises ``LockHeld`` if another node writes it.
+        """
+        if not self.record.writable:
+            with self.reading() as engine:
+                yield engine
+            return
+        frozen = self.freeze()
+        # What the layers show is theirs to say: freezing has written down how far the head showed its parent.
+        record = msgspec.structs.replace(self.record, layer=frozen.layer, size=frozen.size, visible=VOLUME_BYTES_MAX)
+        engine = self._durable_engine(record)
+        try:
+            yield engine
+        finally:
+            engine.close(clean=False)
+
     def write(self, offset: int, data: bytes | memoryview) -> int:
         return self.engine.write(offset, data)
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from archipfs.compose.composer import Made
 from archipfs.compose.describe import describe, describe_lock, summary
+from archipfs.compose.hashing import hash_volume
 from archipfs.daemon.node import Node
 from archipfs.errors import DaemonError, NotFound
 from archipfs.map.check import check_backend
 from archipfs.map.mapper import Attributes, Mapper
+from archipfs.map.pithos import top_hash
 from archipfs.types import RequestId
 
 Answer = Mapping[str, Any]
@@ -132,6 +134,13 @@ def volume_close(node: Node, name: str) -> Answer:
     return {"name": name}
 
 
+def volume_hash(node: Node, sent: Sent, name: str) -> Answer:
+    """Pithos' hash map, and the top of the tree over it."""
+    with node.composer.using(node.composer.find(name)) as opened, opened.reading_frozen() as engine:
+        hash_map = hash_volume(engine, sent.progress)
+    return {**hash_map.as_json(), "top_hash": top_hash(hash_map.hashes).hex()}
+
+
 # Backends and the node
 
 
@@ -208,6 +217,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
     "volume-close": volume_close,
+    "volume-hash": volume_hash,
     "backend-list": backend_list,
     "backend-info": backend_info,
     "check": check,
@@ -219,5 +229,5 @@ NOT_TWICE = frozenset(
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
 
-LONG = frozenset[str]()
+LONG = frozenset({"volume-hash"})
 """Their functions are told how the command came too: they say how far they are."""
