@@ -53,6 +53,10 @@ def as_duration(value: float, exact: bool) -> str:
     return str(int(value)) if exact else str(timedelta(seconds=int(value)))
 
 
+def as_yes(value: bool, exact: bool) -> str:
+    return "yes" if value else "no"
+
+
 def as_names(value: Sequence[str], exact: bool) -> str:
     return printable(", ".join(value)) or NOTHING
 

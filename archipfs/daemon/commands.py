@@ -7,12 +7,14 @@ import base64
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from archipfs.compose.composer import Made
 from archipfs.compose.describe import describe, describe_lock, summary
 from archipfs.compose.diff import bitmap, check_granularity, differing_runs
 from archipfs.compose.hashing import hash_volume
+from archipfs.compose.sparse_file import SparseFile
 from archipfs.daemon.node import Node
 from archipfs.errors import DaemonError, NotFound
 from archipfs.map.check import check_backend
@@ -116,6 +118,36 @@ def volume_remove(node: Node, sent: Sent, name: str) -> Answer:
         if not sent.again:
             raise
     return {"name": name}
+
+
+def volume_seal(node: Node, sent: Sent, name: str, live: bool = False) -> Answer:
+    done = node.composer.seal(name, live=live, progress=sent.progress)
+    return {"name": name, "layers": done.layers, "read": done.read_bytes, "added": done.added_bytes}
+
+
+def volume_import(
+    node: Node,
+    sent: Sent,
+    path: str,
+    name: str,
+    backend: str | None = None,
+    mode: int = 0o600,
+    uid: int = 0,
+    gid: int = 0,
+) -> Answer:
+    attributes = Attributes(mode, uid, gid)
+    with SparseFile(Path(path)) as file:
+        made = node.composer.import_sealed(
+            name,
+            file.size,
+            file,
+            about_bytes=file.data_bytes(),
+            backend=backend,
+            attributes=attributes,
+            request=sent.request,
+            progress=sent.progress,
+        )
+    return {**_made(made.made), "data": made.data_bytes, "added": made.added_bytes}
 
 
 def volume_lock(node: Node, name: str) -> Answer:
@@ -233,6 +265,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-resize": volume_resize,
     "volume-rollback": volume_rollback,
     "volume-remove": volume_remove,
+    "volume-seal": volume_seal,
+    "volume-import": volume_import,
     "volume-lock": volume_lock,
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
@@ -250,5 +284,5 @@ NOT_TWICE = frozenset(
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
 
-LONG = frozenset({"volume-hash", "volume-diff"})
+LONG = frozenset({"volume-seal", "volume-import", "volume-hash", "volume-diff"})
 """Their functions are told how the command came too: they say how far they are."""

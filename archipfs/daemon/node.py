@@ -24,6 +24,7 @@ from archipfs.blockers.retry import RetryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
 from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
 from archipfs.map.locks import Node as NodeIdentity
@@ -142,12 +143,25 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
             _refuse_twin(mapper, mappers)
             mappers[backend.name] = mapper
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
-        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), default)
+        sealed = stack.enter_context(_sealed_stores(config, mappers))
+        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
         if recover:
             composer.recover()
         yield Node(config, identity, composer, dict, lambda volume: None)
         composer.close_all()
         composer.reclaim()
+
+
+@contextmanager
+def _sealed_stores(config: Config, mappers: Mapping[str, Mapper]) -> Iterator[Mapping[str, SealedStore]]:
+    shared = Shared(config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects)
+    stores = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
+    try:
+        yield stores
+    finally:
+        for store in stores.values():
+            store.close()
+        shared.close()
 
 
 def no_backend(config: Config) -> InvalidConfig:

@@ -154,7 +154,10 @@ def _check_objects(mapper: Mapper, layers: dict[LayerId, LayerRecord], used: set
     for kind, key_of in (("layer", data_key), ("bitmap", bitmap_key)):
         present = set(mapper.blocker.list_data(kind))
         for layer in used & layers.keys():
-            if key_of(layer) not in present:
+            sealed = layers[layer].sealed is not None
+            if sealed and key_of(layer) in present:
+                yield Finding(Severity.LEFTOVER, f"it is sealed and has a {kind} object still", f"layer {layer}")
+            elif not sealed and key_of(layer) not in present:
                 yield Finding(Severity.ERROR, f"its {kind} object is missing", f"layer {layer}")
         for key in present - {key_of(layer) for layer in layers}:
             yield Finding(Severity.LEFTOVER, "data object without a layer", f"object {key}")

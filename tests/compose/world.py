@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.errors import StoreError
 from archipfs.map.check import Finding, Severity, check_backend
 from archipfs.map.locks import Node
@@ -144,7 +146,14 @@ class World:
         return Mapper(BACKEND, blocker or self.store, node, format_bitmap)
 
     def composer(self, blocker: Blocker | None = None, host: str = "one") -> Composer:
-        return Composer({BACKEND: self.mapper(blocker, host)}, LiveBitmaps(self.directory / host), BACKEND)
+        mapper = self.mapper(blocker, host)
+        return Composer({BACKEND: mapper}, LiveBitmaps(self.directory / host), self.sealed_stores(mapper), BACKEND)
+
+    def sealed_stores(self, mapper: Mapper) -> dict[str, SealedStore]:
+        """With a cache of its own for each process, so that none has to be closed before the next one begins."""
+        caches = Path(tempfile.mkdtemp(prefix="caches-", dir=self.directory.parent))
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
+        return {BACKEND: SealedStore(mapper, shared)}
 
     def mortal(self, plan: FaultPlan | None = None, host: str = "one") -> MortalBlocker:
         """For a process that is going to crash."""
