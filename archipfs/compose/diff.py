@@ -179,7 +179,7 @@ def differing_runs(one: OpenVolume, other: OpenVolume, fetch: Fetch, progress: P
 def _side(opened: OpenVolume, engine: EngineVolume) -> _Side:
     catalog = opened.mapper.catalog
     layer = catalog.volume(opened.id).record.layer
-    return _Side(opened.mapper, engine, [found.record for found in catalog.chain(layer)])
+    return _Side(opened.mapper, engine, list(catalog.chain(layer)))
 
 
 def _differing(mine: _Side, theirs: _Side, fetch: Fetch, offset: int, progress: Progress) -> Iterator[Run]:

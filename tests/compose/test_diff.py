@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from archipfs.compose.composer import Composer
 from archipfs.compose.diff import (
     BITMAP_BYTES_MAX,
+    Progress,
     Run,
     bitmap,
     check_granularity,
@@ -20,10 +21,11 @@ from archipfs.compose.diff import (
     extents_that_differ,
     union,
 )
+from archipfs.compose.sealing import unheeded
 from archipfs.compose.volume import OpenVolume
-from archipfs.errors import InvalidInput
+from archipfs.errors import InvalidInput, ObjectMissing
 from archipfs.map.pages import Extent
-from archipfs.types import REGION_SECTORS, SECTOR_BYTES, Digest
+from archipfs.types import CHUNK_SECTORS_MAX, REGION_SECTORS, SECTOR_BYTES, Digest
 from tests.compose.world import World, content_of, fill, pattern
 
 TIB = 1 << 40
@@ -37,19 +39,22 @@ def by_bytes(one: bytes, other: bytes) -> list[Run]:
     return list(union((start, end) for start, end in sectors if one[start:end] != other[start:end]))
 
 
-def no_pages(digest: Digest) -> bytes:
-    raise AssertionError("nothing is sealed")
-
-
 @contextmanager
 def both(composer: Composer, one: str, other: str) -> Iterator[tuple[OpenVolume, OpenVolume]]:
     with composer.using(composer.find(one)) as mine, composer.using(composer.find(other)) as theirs:
         yield mine, theirs
 
 
+def runs_of(composer: Composer, mine: OpenVolume, theirs: OpenVolume, progress: Progress = unheeded) -> list[Run]:
+    def fetch(digest: Digest) -> bytes:
+        return composer.sealed_store(mine.mapper).chunks.page(digest)
+
+    return list(differing_runs(mine, theirs, fetch, progress))
+
+
 def diff(composer: Composer, one: str, other: str) -> list[Run]:
     with both(composer, one, other) as (mine, theirs):
-        return list(differing_runs(mine, theirs, no_pages, lambda done, total: None))
+        return runs_of(composer, mine, theirs)
 
 
 # Pure
@@ -120,6 +125,7 @@ steps = st.one_of(
     st.tuples(st.just("clone")),
     st.tuples(st.just("create")),
     st.tuples(st.just("resize"), st.integers(1, SECTORS * SECTOR_BYTES)),
+    st.tuples(st.just("seal")),
 )
 
 
@@ -150,6 +156,8 @@ def test_any_two_volumes_differ_where_their_bytes_do(program: list[tuple[int, tu
                         composer.clone(name, made)
                     else:
                         composer.create(made, SECTORS * SECTOR_BYTES)
+            elif step == "seal":
+                composer.seal(names[which % len(names)], live=True)
             elif step == "resize":
                 composer.resize(composer.find(name), *arguments)  # type: ignore[arg-type]
         contents = {name: content_of(composer, name) for name in names}
@@ -171,9 +179,7 @@ def test_of_a_tebibyte_only_what_was_changed_is_read(composer: Composer) -> None
     fill(composer, "vm1", pattern(99), 17 * SECTOR_BYTES)
     fill(composer, "vm1", pattern(0), 0)  # as it was
     with both(composer, "vm1@monday", "vm1") as (mine, theirs):
-        assert list(differing_runs(mine, theirs, no_pages, lambda done, total: None)) == [
-            (17 * SECTOR_BYTES, 18 * SECTOR_BYTES)
-        ]
+        assert runs_of(composer, mine, theirs) == [(17 * SECTOR_BYTES, 18 * SECTOR_BYTES)]
         assert theirs.engine.statistics().read_bytes <= 2 * SECTOR_BYTES
 
 
@@ -184,8 +190,7 @@ def test_holes_are_not_read_on_either_side(composer: Composer) -> None:
     with composer.using(composer.find("vm1")) as opened:
         opened.discard(0, TIB)
     with both(composer, "vm1", "vm2") as (mine, theirs):
-        runs = list(differing_runs(mine, theirs, no_pages, lambda done, total: None))
-        assert runs == [(TIB // 4, TIB // 4 + SECTOR_BYTES)]
+        assert runs_of(composer, mine, theirs) == [(TIB // 4, TIB // 4 + SECTOR_BYTES)]
         assert mine.engine.statistics().read_bytes <= 2 << 20
 
 
@@ -217,10 +222,49 @@ def test_progress_ends_at_the_end_and_may_end_the_comparison(composer: Composer)
     fill(composer, "vm2", pattern(1, 2048))
     said: list[tuple[int, int]] = []
     with both(composer, "vm1", "vm2") as (mine, theirs):
-        assert list(differing_runs(mine, theirs, no_pages, lambda done, total: said.append((done, total)))) == [
-            (0, size)
-        ]
+        assert runs_of(composer, mine, theirs, lambda done, total: said.append((done, total))) == [(0, size)]
         with pytest.raises(EnoughError):
-            list(differing_runs(mine, theirs, no_pages, enough))
+            runs_of(composer, mine, theirs, enough)
     assert said == sorted(said)
     assert said[-1] == (size, size)
+
+
+def test_sealed_volumes_made_apart_are_compared_by_their_maps(composer: Composer) -> None:
+    size = 64 << 20
+    content = pattern(1, 4096)
+    for name in ("vm1", "vm2"):
+        composer.create(name, size)
+        fill(composer, name, content, 8 << 20)
+    fill(composer, "vm2", b"x", (20 << 20) + 5)
+    for name in ("vm1", "vm2"):
+        composer.snapshot(name, f"{name}@monday")
+        composer.seal(f"{name}@monday")
+    with both(composer, "vm1@monday", "vm2@monday") as (mine, theirs):
+        assert runs_of(composer, mine, theirs) == [(20 << 20, (20 << 20) + SECTOR_BYTES)]
+        with theirs.reading() as engine:
+            assert engine.statistics().read_bytes <= CHUNK_SECTORS_MAX * SECTOR_BYTES
+
+
+def test_a_base_that_is_sealed_away_meanwhile(composer: Composer) -> None:
+    """A comparison goes on when the layer that both had in common becomes part of a sealed one above it."""
+    size = 16 << 20
+    composer.create("vm1", size)
+    fill(composer, "vm1", pattern(1, 8))
+    composer.snapshot("vm1", "vm1@monday")
+    composer.clone("vm1@monday", "vm2")
+    for number in range(1, 8):
+        fill(composer, "vm1", pattern(number, 2), number << 20)
+    composer.snapshot("vm1", "vm1@tuesday")
+    with both(composer, "vm1", "vm2") as (mine, theirs):
+        expected = by_bytes(mine.read(0, size), theirs.read(0, size))
+        shared = composer.find("vm1@monday").record.layer
+        assert mine.engine.next_change(shared, 0, size) is not None
+        sealed: list[object] = []
+
+        def seal_once(done: int, total: int) -> None:
+            if not sealed:
+                sealed.append(composer.seal("vm1"))
+
+        assert runs_of(composer, mine, theirs, seal_once) == expected
+        with pytest.raises(ObjectMissing):
+            mine.engine.next_change(shared, 0, size)
