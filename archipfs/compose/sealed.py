@@ -4,8 +4,8 @@
 
 The places are kept in LMDB by the leaf's digest, so that a region is one look-up, whichever layers have it. A place is
 in a pack's own bytes where the pack has a descriptor and the chunk is not compressed. Else it is in the pack's
-*unpacked view*, a data object without a descriptor, whose reads go through the object cache: the chunk that lies at byte
-N of the pack begins there at N × 512 KiB, the most that a chunk can be.
+*unpacked view*, a data object without a descriptor, whose reads go through the object cache: the chunk that lies at
+byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
 """
 
 import struct
