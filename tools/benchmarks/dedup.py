@@ -1,20 +1,17 @@
 """``tools/bench dedup``: what three Debian images built apart take, cut in one way and another, and in other stores."""
 
 import argparse
-import shutil
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.backups import PACKAGES, Borg, Repository, Restic
 from benchmarks.images import Built, debian_images
-from benchmarks.processes import CannotRun, install, run
+from benchmarks.processes import CannotRun, install
 from benchmarks.report import MIB, load_now, markdown_table, report
 from benchmarks.targets import Bench
 
-TIMEOUT_S = 900.0
 BORG_TUNED = "12,20,15,4095"
 """Chunks of 4 KiB to 1 MiB, 32 KiB on average, by a window of 4095 bytes."""
 
@@ -22,75 +19,29 @@ BORG_TUNED = "12,20,15,4095"
 # Other stores
 
 
-def disk_bytes(directory: Path) -> int:
-    """What the files take, by their sizes."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
 @dataclass(frozen=True)
 class Taken:
     stored_bytes: int
-    pieces: int | None
-    """As many as it says it has."""
-    seconds: float
-
-
-def borg(directory: Path, images: list[Built], *options: str) -> Taken:
-    """One archive for each image."""
-    repository = directory / "borg"
-    environment = {
-        "BORG_BASE_DIR": str(directory / "borg-home"),
-        "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
-        "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",
-    }
-    env = ("env", *(f"{name}={value}" for name, value in environment.items()))
-    try:
-        run(*env, "borg", "init", "--encryption=none", repository)
-        started = time.monotonic()
-        for image in images:
-            place = f"{repository}::{image.path.stem}"
-            run(*env, "borg", "create", "--compression=none", *options, place, image.path, timeout_s=TIMEOUT_S)
-        seconds = time.monotonic() - started
-        said = run(*env, "borg", "info", repository, timeout_s=TIMEOUT_S)
-        pieces = next(line.split()[2] for line in said.splitlines() if line.startswith("Chunk index:"))
-        return Taken(disk_bytes(repository / "data"), int(pieces), seconds)
-    finally:
-        shutil.rmtree(repository, ignore_errors=True)
-        shutil.rmtree(directory / "borg-home", ignore_errors=True)
-
-
-def restic(directory: Path, images: list[Built]) -> Taken:
-    """Without compression, as the others; one snapshot for each image."""
-    repository = directory / "restic"
-    env = ("env", "RESTIC_PASSWORD=bench", f"RESTIC_CACHE_DIR={directory / 'restic-cache'}")
-    call = (*env, "restic", "--quiet", "--repo", repository)
-    try:
-        run(*call, "init", "--repository-version=2")
-        started = time.monotonic()
-        for image in images:
-            run(*call, "backup", "--compression=off", image.path, timeout_s=TIMEOUT_S)
-        seconds = time.monotonic() - started
-        blobs = run(*call, "list", "blobs", timeout_s=TIMEOUT_S).splitlines()
-        return Taken(disk_bytes(repository / "data"), len(blobs), seconds)
-    finally:
-        shutil.rmtree(repository, ignore_errors=True)
-        shutil.rmtree(directory / "restic-cache", ignore_errors=True)
+    pieces: int
 
 
 def others(directory: Path, images: list[Built]) -> tuple[dict[str, Taken], list[str]]:
     """What they took, and who is missing."""
-    stores: dict[str, Callable[[], Taken]] = {
-        "borg, as it comes": lambda: borg(directory, images),
-        f"borg, --chunker-params {BORG_TUNED}": lambda: borg(directory, images, f"--chunker-params={BORG_TUNED}"),
-        "restic": lambda: restic(directory, images),
+    stores: dict[str, AbstractContextManager[Repository]] = {
+        "borg, as it comes": Borg.made(directory),
+        f"borg, --chunker-params {BORG_TUNED}": Borg.made(directory, f"--chunker-params={BORG_TUNED}"),
+        "restic": Restic.made(directory),
     }
     taken, missing = {}, []
-    for name, store in stores.items():
+    for name, made in stores.items():
         try:
-            taken[name] = store()
-            print(f"{name}: {taken[name].seconds:.0f} s", file=sys.stderr)
+            with made as repository:
+                for image in images:
+                    repository.backup(image.path)
+                taken[name] = Taken(repository.stored_bytes(), repository.pieces())
         except CannotRun as error:
             missing.append(f"- {name} did not run: {error}")
+        print(f"stored in {name}", file=sys.stderr)
     return taken, missing
 
 
@@ -102,7 +53,7 @@ def bench_dedup(options: argparse.Namespace) -> None:
 
     load = load_now()
     if options.install:
-        install("borgbackup", "restic", "debootstrap")
+        install(*PACKAGES, "debootstrap")
     images = debian_images()
     with ExitStack() as stack:
         bench = Bench(stack, options.directory, options.archip)

@@ -119,6 +119,10 @@ class Servers:
             return None
         return Memory.sum(Memory.of(pid) for pid in self.pids)
 
+    def peak_bytes(self) -> int:
+        """The most memory that they ever had resident, together."""
+        return sum(_kilobytes(Path(f"/proc/{pid}/status"))["VmHWM"] for pid in self.pids)
+
 
 def cpu_between(before: CpuTimes, after: CpuTimes) -> float:
     """Seconds. Who was not there before began at zero; who is not there any more is not counted."""

@@ -44,6 +44,11 @@ class Archipfs:
     def mountpoint(self) -> Path:
         return self.root / "mnt"
 
+    @property
+    def store(self) -> Path:
+        """Where its default backend keeps everything."""
+        return self.root / "state" / "store"
+
     def mount(self) -> None:
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         run(self.command, "--root", self.root, "mount", self.mountpoint)
