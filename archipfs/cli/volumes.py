@@ -54,7 +54,6 @@ DETAILS = (
     Column("kind"),
     Column("size", as_size),
     Column("written", as_size),
-    Column("sealed", as_yes),
     Column("backend"),
     Column("parent"),
     Column("state"),
@@ -67,6 +66,7 @@ DETAILS = (
     Column("uuid"),
     Column("layer"),
     Column("layers"),
+    Column("sealed", as_yes),
 )
 
 
@@ -322,9 +322,10 @@ def _seal_sentence(done: Mapping[str, Any]) -> str:
 @report_options
 @pass_instance
 def volume_import(instance: Instance, file: str, name: str, backend: str | None, report: Report) -> None:
-    """Make a volume of a file or a disk, raw and without its holes, deduplicated from the start.
+    """Make a volume of a raw file or disk.
 
-    Ctrl-C ends it; begun again, it finds what was stored until then.
+    It is deduplicated from the start, and holes are not read. Ctrl-C ends it; begun again, it finds what was stored
+    until then.
     """
     path = os.path.abspath(file)
     with instance.connect() as client, advancing(f"importing {file}") as progress:

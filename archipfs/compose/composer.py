@@ -122,6 +122,7 @@ class Composer:
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
+        self.seals_waited_for = 0
         self._reclaim_mutex = threading.Lock()
         self._reclaim_wanted = False
 
@@ -607,15 +608,29 @@ class Composer:
     # Sealing
 
     def seal(
-        self, name: str, *, live: bool = False, threads: int = SEAL_THREADS, progress: Progress = unheeded
+        self,
+        name: str,
+        *,
+        live: bool = False,
+        threads: int = SEAL_THREADS,
+        progress: Progress = unheeded,
+        waited_for: bool = True,
     ) -> SealedVolume:
         """Give a snapshot's layer a map, and all below it; of a volume, what lies below its head.
 
         ``live``: what a volume holds now is frozen first, so that all of it is sealed. Returns when nothing is left to
         do. Raises what ``progress`` raises, and ``NotFound`` if it is removed meanwhile; what was done so far is found
-        again by the next who seals it.
+        again by the next who seals it. ``waited_for``: somebody waits for it; ``seals_waited_for`` counts those.
         """
-        found = self.find(name)
+        with self._table.changed:
+            self.seals_waited_for += waited_for
+        try:
+            return self._seal(self.find(name), live, threads, progress)
+        finally:
+            with self._table.changed:
+                self.seals_waited_for -= waited_for
+
+    def _seal(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
         target = self._frozen_layer(found, live)
         if target is None:
             return SealedVolume(0, 0, 0)

@@ -29,6 +29,7 @@ COMMANDS = [
     "volume-clone",
     "volume-close",
     "volume-create",
+    "volume-import",
     "volume-info",
     "volume-list",
     "volume-lock",
@@ -37,6 +38,7 @@ COMMANDS = [
     "volume-rename",
     "volume-resize",
     "volume-rollback",
+    "volume-seal",
     "volume-snapshot",
     "volume-unlock",
 ]

@@ -369,7 +369,9 @@ def test_what_was_written_to_a_store_that_is_not_configured_just_now_is_kept(wor
     elsewhere = World(tmp_path / "elsewhere")
     mapper = elsewhere.mapper()
     live = LiveBitmaps(world.directory / "one")
-    Composer({BACKEND: mapper}, live, elsewhere.sealed_stores(mapper), BACKEND).recover()
+    stores, close = elsewhere.sealed_stores(mapper)
+    Composer({BACKEND: mapper}, live, stores, BACKEND).recover()
+    close()
     assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
 
 

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import tempfile
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,13 +149,24 @@ class World:
 
     def composer(self, blocker: Blocker | None = None, host: str = "one") -> Composer:
         mapper = self.mapper(blocker, host)
-        return Composer({BACKEND: mapper}, LiveBitmaps(self.directory / host), self.sealed_stores(mapper), BACKEND)
+        stores, close = self.sealed_stores(mapper)
+        composer = Composer({BACKEND: mapper}, LiveBitmaps(self.directory / host), stores, BACKEND)
+        weakref.finalize(composer, close)
+        return composer
 
-    def sealed_stores(self, mapper: Mapper) -> dict[str, SealedStore]:
-        """With a cache of its own for each process, so that none has to be closed before the next one begins."""
-        caches = Path(tempfile.mkdtemp(prefix="caches-", dir=self.directory.parent))
+    def sealed_stores(self, mapper: Mapper) -> tuple[dict[str, SealedStore], Callable[[], None]]:
+        """With a cache of its own for each process, so that a process need not end before the next one begins; and what
+        closes and removes that."""
+        caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"  # made when it is needed
         shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
-        return {BACKEND: SealedStore(mapper, shared)}
+        store = SealedStore(mapper, shared)
+
+        def close() -> None:
+            store.close()
+            shared.close()
+            shutil.rmtree(caches, ignore_errors=True)
+
+        return {BACKEND: store}, close
 
     def mortal(self, plan: FaultPlan | None = None, host: str = "one") -> MortalBlocker:
         """For a process that is going to crash."""
