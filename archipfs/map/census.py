@@ -49,21 +49,23 @@ def take_census(
     condemned: Collection[PackId],
     damage: Mapping[PackId, Set[Digest]],
     marks: Prefixes,
-    index_of: Callable[[PackId], PackIndex],
+    index_of: Callable[[PackId], PackIndex | None],
 ) -> dict[PackId, PackUse]:
     """What of each of ``packs`` is needed, if what is marked is. ``marks`` are sorted prefixes of digests.
 
     ``damage``: what is known to be damaged, by pack. ``index_of`` is asked once for each pack, and again for a pack
-    that has copies of what others have.
+    that has copies of what others have; ``None`` leaves a pack out. What it raises goes through.
     """
     order = sorted(packs, key=lambda pack: (pack in condemned, pack))
     uses: list[PackUse] = []
     holder = numpy.full(len(marks), _NOBODY, numpy.int32)
     """By mark, the number of the pack whose whole copy counts."""
     contested: list[_Contested] = []
-    for number, pack in enumerate(order):
+    for pack in order:
         index = index_of(pack)
-        entries = index.entries
+        if index is None:
+            continue
+        number, entries = len(uses), index.entries
         bad = damage.get(pack, frozenset())
         marked, places = look_up(marks, prefixes(entry.digest for entry in entries))
         whole = numpy.fromiter((entry.digest not in bad for entry in entries), numpy.bool_, len(entries))
@@ -84,13 +86,20 @@ def take_census(
             )
         )
         contested += (
-            _Contested(number, int(entry), int(places[entry]), entries[entry].digest, bool(whole[entry]))
+            _Contested(
+                number,
+                int(entry),
+                int(places[entry]),
+                entries[entry].digest,
+                entries[entry].stored_bytes,
+                bool(whole[entry]),
+            )
             for entry in numpy.flatnonzero(marked & ~live)
         )
-    for each in _without_copy(contested, order, holder, damage, index_of):
-        use = uses[each.pack]
-        use.live[each.entry] = True
-        use.live_bytes += index_of(use.pack).entries[each.entry].stored_bytes
+    counted = [use.pack for use in uses]
+    for each in _without_copy(contested, counted, holder, damage, index_of):
+        uses[each.pack].live[each.entry] = True
+        uses[each.pack].live_bytes += each.stored_bytes
     return {use.pack: use for use in uses}
 
 
@@ -101,15 +110,16 @@ class _Contested(NamedTuple):
     entry: int
     mark: int
     digest: Digest
+    stored_bytes: int
     whole: bool
 
 
 def _without_copy(
     contested: list[_Contested],
-    order: list[PackId],
+    packs: list[PackId],
     holder: _Numbers,
     damage: Mapping[PackId, Set[Digest]],
-    index_of: Callable[[PackId], PackIndex],
+    index_of: Callable[[PackId], PackIndex | None],
 ) -> Iterator[_Contested]:
     """Those that are needed where they are: their pack's equal has only the first bytes in common, or there is none."""
     by_holder: dict[int, list[_Contested]] = defaultdict(list)
@@ -122,7 +132,8 @@ def _without_copy(
         else:
             by_holder[int(holder[each.mark])].append(each)
     for number, waiting in by_holder.items():
-        bad = damage.get(order[number], frozenset())
-        held = {entry.digest for entry in index_of(order[number]).entries}
+        bad = damage.get(packs[number], frozenset())
+        index = index_of(packs[number])
+        held = set() if index is None else {entry.digest for entry in index.entries}
         # A damaged copy stands for another damaged one only where no whole one was found.
         yield from (each for each in waiting if each.digest not in held or (each.whole and each.digest in bad))

@@ -17,7 +17,7 @@ A crash at any step leaves packs that are whole, and condemned ones that the nex
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -91,18 +91,18 @@ class Collector:
         blocker: Blocker,
         store: ChunkStore,
         node: str,
-        forgotten: Callable[[], None] = _nothing,
+        forget: Callable[[Iterable[PackId]], None] | None = None,
         *,
         grace_ns: int = FOREIGN_GRACE_NS,
         intent_seconds: float = INTENT_SECONDS,
     ) -> None:
-        """``node`` is our node's id. ``forgotten`` is called after packs were deleted, for those who remember places
-        in them."""
+        """``node`` is our node's id. ``forget`` is told which packs were deleted: ``store.forget``, or what has others
+        forget them too."""
         self._catalog = catalog
         self._blocker = blocker
         self._store = store
         self._node = node
-        self._forgotten = forgotten
+        self._forget = forget or store.forget
         self._grace_ns = grace_ns
         self._intent_seconds = intent_seconds
         self._mutex = threading.Lock()
@@ -189,7 +189,7 @@ class Collector:
         }
         self._store.refresh()
         packs = self._store.packs()
-        there = packs | set(self._store.damaged_packs)
+        there = packs | self._store.damaged_packs.keys()
         return _View(
             condemned=condemned & there,
             damage=damage,
@@ -197,10 +197,13 @@ class Collector:
             strays=(condemned | damage.keys()) - there,
         )
 
-    def _index_of(self, pulse: Callable[[], None]) -> Callable[[PackId], PackIndex]:
-        def index_of(pack: PackId) -> PackIndex:
+    def _index_of(self, pulse: Callable[[], None]) -> Callable[[PackId], PackIndex | None]:
+        def index_of(pack: PackId) -> PackIndex | None:
             pulse()
-            return self._store.index(pack)
+            try:
+                return self._store.index(pack)
+            except ObjectDamaged:
+                return None  # it stays as it is; and what it has does not count, since others cannot find it
 
         return index_of
 
@@ -242,6 +245,7 @@ class Collector:
         """
         with self._store.session() as session:
             for use in condemned:
+                self._lock.verify()
                 try:
                     for entry in self._needed_entries(use):
                         pulse()
@@ -297,8 +301,7 @@ class Collector:
                 self._drop(CondemnedRecord, pack)
         finally:
             if deleted:
-                self._store.forget(deleted)
-                self._forgotten()
+                self._forget(deleted)
         for pack in sorted(strays):
             self._drop(DamageRecord, pack)
             self._drop(CondemnedRecord, pack)

@@ -34,7 +34,7 @@ _HEADER = struct.Struct("<8sIIIIQQQ16sQ")
 _CHECKSUM_OFFSET = _HEADER.size - 8
 _ENTRY = struct.Struct("<32sBBHIII")
 """Digest and zeros, kind, coding, zero, raw bytes, offset in the data, stored bytes."""
-_DIGEST_BYTES_MAX = 32
+_DIGEST_BYTES = (16, 32)
 
 
 class Kind(enum.IntEnum):
@@ -97,7 +97,7 @@ class PackBuilder:
             self._node = b""
         if len(self._node) != 16:
             raise InvalidInput(f"not a node's id: {node!r}; it takes 32 hexadecimal digits")
-        assert 0 < digest_bytes <= _DIGEST_BYTES_MAX
+        assert digest_bytes in _DIGEST_BYTES
         self._digest_bytes = digest_bytes
         self._created_ns = created_ns
         self._aligned: list[tuple[Entry, bytes]] = []
@@ -187,7 +187,7 @@ def _header(what: str, header: Buffer) -> _Header:
     if (
         version != _VERSION
         or zero != 0
-        or not 0 < digest_bytes <= _DIGEST_BYTES_MAX
+        or digest_bytes not in _DIGEST_BYTES
         or found.data_offset != _data_offset(entries)
         or not found.data_offset <= found.total_bytes <= PACK_BYTES_MAX
     ):

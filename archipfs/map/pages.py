@@ -12,12 +12,13 @@ import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
-
-import numpy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from archipfs.errors import FormatTooNew, ObjectDamaged
 from archipfs.types import CHUNK_SECTORS_MAX, REGION_SECTORS, Digest
+
+if TYPE_CHECKING:
+    import numpy
 
 SLOT_BITS = 8
 FANOUT = 1 << SLOT_BITS
@@ -27,7 +28,7 @@ _MAGIC = b"archpage"
 _VERSION = 1
 _HEADER = struct.Struct("<8sHBBI")
 """Magic, version, level, digest bytes, entries."""
-_DIGEST_BYTES_MIN, _DIGEST_BYTES_MAX = 16, 32
+_DIGEST_BYTES = (16, 32)
 
 
 class Extent(NamedTuple):
@@ -57,6 +58,7 @@ def encode_leaf(extents: Sequence[Extent], digest_bytes: int) -> bytes:
     entry = _leaf_entry(digest_bytes)
     assert extents
     assert _extents_fault(extents) is None
+    assert digest_bytes in _DIGEST_BYTES
     assert all(len(extent.digest) == digest_bytes for extent in extents)
     page = bytearray(_HEADER.size + len(extents) * entry.size)
     _HEADER.pack_into(page, 0, _MAGIC, _VERSION, 0, digest_bytes, len(extents))
@@ -83,8 +85,10 @@ def decode_leaf(page: bytes) -> list[Extent]:
 
 def encode_node(level: int, slots: Sequence[Slot], digest_bytes: int) -> bytes:
     """A page of level 1, 2 or 3."""
+    assert 1 <= level <= ROOT_LEVEL
     assert slots or level == ROOT_LEVEL
-    assert _slots_fault(level, slots) is None
+    assert _slots_fault(slots) is None
+    assert digest_bytes in _DIGEST_BYTES
     assert all(len(slot.digest) == digest_bytes for slot in slots)
     header = _HEADER.pack(_MAGIC, _VERSION, level, digest_bytes, len(slots))
     return header + b"".join(_node_entry(digest_bytes).pack(*slot) for slot in slots)
@@ -93,8 +97,10 @@ def encode_node(level: int, slots: Sequence[Slot], digest_bytes: int) -> bytes:
 def decode_node(page: bytes) -> tuple[int, list[Slot]]:
     """The level of a page above the leaves, and where it leads to, in order."""
     level, digest_bytes = _header(page)
+    if level == 0:
+        raise _damaged("a page above the leaves was expected where a leaf lies")
     slots = [Slot(slot, Digest(digest)) for slot, digest in _node_entry(digest_bytes).iter_unpack(page[_HEADER.size :])]
-    fault = _slots_fault(level, slots)
+    fault = _slots_fault(slots)
     if fault is not None:
         raise _damaged(fault)
     return level, slots
@@ -110,6 +116,8 @@ def leaf_digests(page: bytes) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint64]]"
 
     Of what ``decode_leaf`` checks, only the header and the length: this is for pages that were read by their digest.
     """
+    import numpy  # takes longer to load than all the rest, and commands that collect no garbage do without
+
     level, digest_bytes = _header(page)
     if level != 0:
         raise _damaged(f"a leaf was expected where a page of level {level} lies")
@@ -120,6 +128,26 @@ def leaf_digests(page: bytes) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint64]]"
 def node_digests(page: bytes) -> list[Digest]:
     """The pages that a page above the leaves leads to, in order."""
     return [slot.digest for slot in decode_node(page)[1]]
+
+
+def find_slot(page: bytes, slot: int) -> tuple[int, Digest | None]:
+    """The level of a page above the leaves, and where that slot of it leads to.
+
+    Of what ``decode_node`` checks, only the header and the length: this is for pages that were read by their digest.
+    """
+    level, digest_bytes = _header(page)
+    if level == 0:
+        raise _damaged("a page above the leaves was expected where a leaf lies")
+    entry = _node_entry(digest_bytes)
+
+    def slot_at(place: int) -> int:
+        return int.from_bytes(page[place : place + 2], "little")
+
+    places = range(_HEADER.size, len(page), entry.size)
+    index = bisect_left(places, slot, key=slot_at)
+    if index == len(places) or slot_at(places[index]) != slot:
+        return level, None
+    return level, Digest(page[places[index] + 2 : places[index] + entry.size])
 
 
 def overlay(below: Sequence[Extent], first: int, count: int, above: Sequence[Extent]) -> list[Extent]:
@@ -176,7 +204,7 @@ def _header(page: bytes) -> tuple[int, int]:
         raise _damaged("it does not begin as pages do")
     if version > _VERSION:
         raise FormatTooNew(f"a map page has format {version}, this archipfs reads {_VERSION}; upgrade archipfs")
-    if version != _VERSION or level > ROOT_LEVEL or digest_bytes not in (_DIGEST_BYTES_MIN, _DIGEST_BYTES_MAX):
+    if version != _VERSION or level > ROOT_LEVEL or digest_bytes not in _DIGEST_BYTES:
         raise _damaged("its header makes no sense")
     if entries == 0 and level != ROOT_LEVEL:
         raise _damaged("it is empty, and no root")
@@ -196,10 +224,8 @@ def _extents_fault(extents: Sequence[Extent]) -> str | None:
     return None
 
 
-def _slots_fault(level: int, slots: Sequence[Slot]) -> str | None:
-    """What is wrong with the slots of a page of that level."""
-    if not 1 <= level <= ROOT_LEVEL:
-        return f"a page above the leaves was expected where one of level {level} lies"
+def _slots_fault(slots: Sequence[Slot]) -> str | None:
+    """What is wrong with the slots of a page."""
     next_slot = 0
     for slot, _ in slots:
         if not next_slot <= slot < FANOUT:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 
 from archipfs.errors import ObjectDamaged
-from archipfs.map.pages import FANOUT, ROOT_LEVEL, SLOT_BITS, Slot, decode_node, encode_node, level_of
+from archipfs.map.pages import FANOUT, ROOT_LEVEL, SLOT_BITS, Slot, decode_node, encode_node, find_slot, level_of
 from archipfs.types import Digest
 
 REGIONS_MAX = 1 << ROOT_LEVEL * SLOT_BITS
@@ -34,9 +34,11 @@ class Tree:
         assert 0 <= region < REGIONS_MAX
         digest = self._root
         for level in range(ROOT_LEVEL, 0, -1):
-            digest = _slots(self._fetch, digest, level).get(_slot(region, level))
             if digest is None:
                 return None
+            found, below = find_slot(self._fetch(digest), _slot(region, level))
+            _expect(digest, found, level)
+            digest = below
         return digest
 
     def regions(self, first: int = 0) -> Iterator[tuple[int, Digest]]:

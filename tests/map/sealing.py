@@ -3,7 +3,7 @@
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +47,8 @@ class Sealer:
     def __post_init__(self) -> None:
         self.catalog = Catalog(self.blocker)
 
-    def collector(self, *, forgotten: Callable[[], None] = lambda: None, intent_seconds: float = 0.0) -> Collector:
-        return Collector(self.catalog, self.blocker, self.store, self.node, forgotten, intent_seconds=intent_seconds)
+    def collector(self, *, intent_seconds: float = 0.0) -> Collector:
+        return Collector(self.catalog, self.blocker, self.store, self.node, intent_seconds=intent_seconds)
 
     def new_layer(self, parent: LayerId | None = None) -> LayerId:
         record = LayerRecord(new_layer_id(), parent, 0, self.node, time.time_ns())

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -68,10 +68,17 @@ def test_an_empty_store_has_no_garbage(node: Sealer) -> None:
 
 def test_what_was_deleted_is_forgotten(blocker: MemoryBlocker, node: Sealer) -> None:
     """By the index, so that it is stored again, and by those who were to be told."""
-    told: list[set[str]] = []
+    told: list[set[PackId]] = []
+
+    def forget(packs: Iterable[PackId]) -> None:
+        assert not packs_of(blocker), "they are told when it is done"
+        told.append(set(packs))
+        node.store.forget(packs)
+
     node.drop(node.seal({0: [1]}))
-    node.collector(forgotten=lambda: told.append(set(packs_of(blocker)))).collect()
-    assert told == [set()]
+    gone = node.store.packs()
+    Collector(node.catalog, blocker, node.store, NODE, forget).collect()
+    assert told == [gone]
     assert node.store.packs() == set()
     assert node.content(node.seal({0: [1]})) == expected({0: [1]})
 
