@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.backups import PACKAGES, Borg, Repository, Restic
+from benchmarks.backups import PACKAGES, TIMEOUT_S, Borg, Repository, Restic, disk_bytes
 from benchmarks.images import Built, debian_images
-from benchmarks.processes import CannotRun, install
+from benchmarks.processes import CannotRun, install, run
 from benchmarks.report import MIB, load_now, markdown_table, report
 from benchmarks.targets import Bench
 
@@ -45,6 +45,16 @@ def others(directory: Path, images: list[Built]) -> tuple[dict[str, Taken], list
     return taken, missing
 
 
+def in_archipfs(bench: Bench, images: list[Built]) -> int:
+    """Bytes of a real store after all were imported: chunks, map pages, and the packs' own indexes."""
+    archipfs = bench.archipfs
+    for image in images:
+        name = image.path.stem
+        command = (archipfs.command, "--root", archipfs.root, "volume-import", image.path, "--name", name)
+        run(*command, timeout_s=TIMEOUT_S)
+    return disk_bytes(archipfs.packs)
+
+
 # The table
 
 
@@ -63,6 +73,7 @@ def bench_dedup(options: argparse.Namespace) -> None:
             print(f"cut {image.path.name}", file=sys.stderr)
         data_bytes = stored.data_bytes
         rows = [row(way, sum(sizes.values()), data_bytes, len(sizes)) for way, sizes in stored.sizes.items()]
+        rows.append(row("archipfs, imported: all that its packs take", in_archipfs(bench, images), data_bytes, None))
         taken, missing = others(bench.directory, images)
         rows += [row(name, each.stored_bytes, data_bytes, each.pieces) for name, each in taken.items()]
         title = f"dedup of three Debian images, {data_bytes / MIB:,.0f} MiB not zero"

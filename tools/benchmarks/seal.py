@@ -121,7 +121,7 @@ def seal(archipfs: Archipfs, volume: Path, snapshot: str) -> float:
 
 def stored(archipfs: Archipfs) -> int:
     """Bytes of all packs."""
-    return disk_bytes(archipfs.store / "objects" / "pack")
+    return disk_bytes(archipfs.packs)
 
 
 def change_some(volume: Path, share: float, seed: int) -> int:

@@ -45,9 +45,9 @@ class Archipfs:
         return self.root / "mnt"
 
     @property
-    def store(self) -> Path:
-        """Where its default backend keeps everything."""
-        return self.root / "state" / "store"
+    def packs(self) -> Path:
+        """Where its default backend keeps what is sealed."""
+        return self.root / "state" / "store" / "objects" / "pack"
 
     def mount(self) -> None:
         self.mountpoint.mkdir(parents=True, exist_ok=True)
