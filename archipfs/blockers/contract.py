@@ -26,7 +26,7 @@ knows all three.) ``Conflict``, ``AlreadyExists``, ``ObjectMissing`` and ``Inval
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from archipfs.errors import InvalidInput
@@ -135,8 +135,11 @@ class Blocker(ABC):
     # Immutable objects
 
     @abstractmethod
-    def put(self, key: str, data: bytes) -> None:
-        """Store an immutable object: durable, and visible whole or not at all. Putting the same again succeeds."""
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
+        """Store an immutable object: durable, and visible whole or not at all. Putting the same again succeeds.
+
+        Several pieces are stored one behind the other, so that nobody needs a second copy to join them.
+        """
 
     @abstractmethod
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -19,7 +19,7 @@ runs under one lock per wrapper: the order of calls is the order of numbers, and
 import enum
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import TypeVar
@@ -191,7 +191,7 @@ class FaultBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         self.call(f"put {key}", lambda: self._inner.put(key, data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -5,7 +5,7 @@ Everything is durable for as long as the :class:`MemoryBlocker` lives; ``fault``
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -174,10 +174,10 @@ class MemoryBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         check_key(key)
         with self._lock:
-            self._objects.setdefault(key, bytes(data))
+            self._objects.setdefault(key, data if isinstance(data, bytes) else b"".join(data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         check_key(key)

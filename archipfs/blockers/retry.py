@@ -17,7 +17,7 @@ more than that (``delete_record`` does not: deleting what is gone succeeds):
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,7 +68,7 @@ class RetryBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         self._policy.run(lambda _: self._inner.put(key, data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:

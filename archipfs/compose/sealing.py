@@ -189,5 +189,5 @@ class _ChainReader:
     def next_hole(self, offset: int) -> int | None:
         return self._engine.seek_hole(offset)
 
-    def read(self, offset: int, length: int) -> bytes:
-        return self._engine.read(offset, length)
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._engine.read_into(offset, buffer)

@@ -72,19 +72,17 @@ class SparseFile:
                 return self.size
             raise self._failed(error) from error
 
-    def read(self, offset: int, length: int) -> bytes:
-        pieces = []
-        wanted = max(0, min(length, self.size - offset))
-        while wanted > 0:
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        filled = 0
+        while filled < len(buffer):
             try:
-                piece = os.pread(self._file, wanted, offset)
+                count = os.preadv(self._file, [buffer[filled:]], offset + filled)
             except OSError as error:
                 raise self._failed(error) from error
-            if not piece:
-                break  # it was cut while we read it: what is gone is zeros
-            pieces.append(piece)
-            offset, wanted = offset + len(piece), wanted - len(piece)
-        return b"".join(pieces).ljust(length, b"\0")
+            if count == 0:
+                break  # the end, or it was cut while we read it
+            filled += count
+        buffer[filled:] = bytes(len(buffer) - filled)
 
     def _failed(self, error: OSError) -> ArchipError:
         return ArchipError(f"cannot read {self._path}: {error.strerror}; see the system's log")

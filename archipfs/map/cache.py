@@ -22,7 +22,7 @@ same effect.
 What bounds it
 ==============
 
-``index``: an entry a chunk or page, 75 to 115 bytes on disk, so 2.5 to 4 GiB for a tebibyte of chunks at 32 KiB. A pack
+``index``: 100 to 160 bytes on disk for a chunk or page, so 3 to 5 GiB for a tebibyte of chunks of 32 KiB. A pack
 that is forgotten only loses its number: its places mean nothing from then on, numbers never come back, and all such
 places are swept out once they are the greater part. ``pages`` and ``regions`` have two halves each: what is new goes
 into the young one; when that is full, the old one is emptied and becomes the young one.
@@ -34,12 +34,13 @@ Transactions are short, except that they may wait for the disk: never call this 
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
@@ -245,7 +246,8 @@ class _Env:
             self._env.set_mapsize(2 * self._env.info()["map_size"])
 
     def _open(self) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _errors_of(self._path):
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
         env = lmdb.open(
             str(self._path),
             map_size=_MAP_BYTES,
@@ -283,8 +285,11 @@ class _Env:
 
     def _error(self, error: lmdb.Error) -> ArchipError:
         if isinstance(error, lmdb.DiskError):
-            return StoreFull(f"cache {self._path}: no space; free some on its disk and try again")
-        return StoreError(f"cache {self._path}: {error}; check the directory's owner, mode and disk, or remove it")
+            return _full(self._path)
+        # LMDB says EIO where a write came short, as it does on a disk that is just filling up.
+        return StoreError(
+            f"cache {self._path}: {error}; check its disk for space and errors, and the directory's owner"
+        )
 
 
 # The cache
@@ -301,18 +306,18 @@ class Cache:
         self, path: Path, *, pages_bytes_max: int = PAGES_BYTES_MAX, regions_bytes_max: int = REGIONS_BYTES_MAX
     ) -> None:
         """Open it, or make it. Raises ``Busy`` if another process has it."""
+        self._path = path
         self._bytes_max = {"pages": pages_bytes_max, "regions": regions_bytes_max}
-        try:
+        with _errors_of(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._state_fd = os.open(path / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise _os_error(path, error) from error
         try:
             if not _take(self._state_fd, path):
                 _remove(path / "index")
                 _remove(path / "pages")
-            _write_state(self._state_fd, _opened_state(self._state_fd))
-            _sync(path)
+            with _errors_of(path):
+                _write_state(self._state_fd, _opened_state(self._state_fd))
+                _sync(path)
             self._index = _Env(path / "index", single=("packs", "numbers"), several=("index",))
             try:
                 self._pages = _Env(path / "pages", single=[half for name in self._bytes_max for half in _halves(name)])
@@ -341,7 +346,8 @@ class Cache:
                 self._index.close()
             finally:
                 self._pages.close()
-            _write_state(fd, _CLEAN)
+            with _errors_of(self._path):
+                _write_state(fd, _CLEAN)
         finally:
             os.close(fd)
 
@@ -548,13 +554,20 @@ def _sync(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with _errors_of(path), suppress(FileNotFoundError):
         shutil.rmtree(path)
-    except FileNotFoundError:
-        return
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _os_error(path, error) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from error
+        why = os.strerror(error.errno or errno.EIO)
+        raise StoreError(f"cache {path}: {why}; check the directory's owner, mode and disk, or remove it") from error
 
 
-def _os_error(path: Path, error: OSError) -> ArchipError:
-    return StoreError(f"cache {path}: {os.strerror(error.errno or 0)}; check the directory's owner, mode and disk")
+def _full(path: Path) -> StoreFull:
+    return StoreFull(f"cache {path}: no space; free some on its disk and try again")

@@ -15,8 +15,8 @@ missing. It may have packs that another node's garbage collection took away: rea
 never with other bytes, for a pack's name stands for its content; it is forgotten then, and other copies are tried. And
 a session that relied on one learns it from ``verify`` (docs/architecture.md, "Seal" and "Garbage collection").
 
-Memory: a session holds the pack that it fills and those that it is just putting, one a thread at most, each in two
-copies while it is put; with a hash that is not trusted the chunks' bytes too.
+Memory: a session holds the pack that it fills and those that it is just putting, one a thread at most; with a hash
+that is not trusted the chunks' bytes a second time.
 """
 
 import threading
@@ -70,7 +70,11 @@ class _Marks(NamedTuple):
 
 
 class ChunkStore:
-    """The chunks and pages of one backend. Thread-safe. Blocks: never call it from the event loop."""
+    """The chunks and pages of one backend. Thread-safe. Blocks: never call it from the event loop.
+
+    Locks, in this order: ``_refreshing`` and ``_marking``, each held around calls of the store, so that there is one at
+    a time; ``_sessions_lock``, for moments.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class ChunkStore:
         self._coder = _Coder(compression)
         self._marks = _Marks(frozenset(), frozenset())
         self._refreshing = Lock()
+        self._marking = Lock()
         self._refreshes_begun = 0
         self._sessions_lock = Lock()
         self._sessions: set[Session] = set()
@@ -146,18 +151,21 @@ class ChunkStore:
         except (ObjectDamaged, ObjectMissing, FormatTooNew) as error:
             return error
 
-    def reread_marks(self) -> None:
-        """Learn which packs are condemned and what is known to be damaged, as the store says now."""
-        condemned = frozenset(PackId(ident) for ident in self._catalog.idents(CondemnedRecord))
-        damaged = frozenset(
-            (found.record.pack, Digest(bytes.fromhex(digest)))
-            # A record that cannot be read says nothing; `archip check` says so.
-            for _, found in self._catalog.list(DamageRecord, skip_damaged=True)
-            for digest in found.record.digests
-        )
-        before, self._marks = self._marks, _Marks(condemned, damaged)
-        if damaged != before.damaged:
-            self.cache.regions_forget()
+    def reread_marks(self) -> frozenset[PackId]:
+        """Learn what is known to be damaged and which packs are condemned. Returns these, as the store says now."""
+        # One at a time: else what was read first could replace what was read last.
+        with self._marking:
+            condemned = frozenset(PackId(ident) for ident in self._catalog.idents(CondemnedRecord))
+            damaged = frozenset(
+                (found.record.pack, Digest(bytes.fromhex(digest)))
+                # A record that cannot be read says nothing; `archip check` says so.
+                for _, found in self._catalog.list(DamageRecord, skip_damaged=True)
+                for digest in found.record.digests
+            )
+            before, self._marks = self._marks, _Marks(condemned, damaged)
+            if damaged != before.damaged:
+                self.cache.regions_forget()
+        return condemned
 
     def forget(self, packs: Iterable[PackId]) -> None:
         """These packs are gone: nothing is found in them, or in resolved regions, any more. Pages are named by their
@@ -316,9 +324,12 @@ class ChunkStore:
     # Storing
 
     @contextmanager
-    def session(self) -> Iterator["Session"]:
-        """To add chunks and pages. What it wrote or relied upon is pinned until it ends: commit before that."""
-        self.reread_marks()
+    def session(self, progress: Progress | None = None) -> Iterator["Session"]:
+        """To add chunks and pages. What it wrote or relied upon is pinned until it ends: commit before that.
+
+        Refreshes first, so that what other nodes stored, or this one before it lost its cache, is not stored again.
+        """
+        self.refresh(progress)
         session = Session(self, self._coder)
         with self._sessions_lock:
             self._sessions.add(session)
@@ -416,8 +427,7 @@ class Session:
         The condemned come before the list: a pack that was condemned, deleted and absolved before the first look is
         missing in the second.
         """
-        self._store.reread_marks()
-        condemned = self._store.condemned()
+        condemned = self._store.reread_marks()
         present = {PackId(key.partition("/")[2]) for key in self._store.blocker.list(PACK_KIND)}
         relied_upon = self.relied_upon()
         swept = {
@@ -478,6 +488,7 @@ class Session:
         return PackBuilder(self._store.hash.digest_bytes, self._store.node, time.time_ns())
 
     def _close_filling(self) -> None:
+        """Have it put next; ``_changed`` is held."""
         if self._filling.digests:
             self._full.append(self._filling)
             self._filling = _Filling(self._new_builder())
@@ -491,12 +502,12 @@ class Session:
             self._putting += 1
         done = False
         try:
-            pack, data = filling.builder.build()
+            pack, pieces = filling.builder.pieces()
             with self._changed:
                 # Before it is in the store: garbage collection in this process must not find it unpinned.
                 self._relied_upon.add(pack)
-            self._store.blocker.put(pack_key(pack), data)
-            self._store.cache.add_pack(parse(pack, memoryview(data)[: index_bytes(data[:HEADER_BYTES])]))
+            self._store.blocker.put(pack_key(pack), pieces)
+            self._store.cache.add_pack(parse(pack, pieces[0]))
             done = True
         finally:
             with self._changed:

@@ -121,6 +121,11 @@ class PackBuilder:
 
     def build(self) -> tuple[PackId, bytes]:
         """The pack's name and its bytes."""
+        pack, pieces = self.pieces()
+        return pack, b"".join(pieces)
+
+    def pieces(self) -> tuple[PackId, list[bytes]]:
+        """As ``build``, without a second copy: its head, then what it holds, piece by piece."""
         content = self._aligned + self._unaligned
         data_offset = _data_offset(len(content))
         total_bytes = data_offset + self._data_bytes
@@ -136,7 +141,7 @@ class PackBuilder:
             place += _ENTRY.size
             offset += len(stored)
         struct.pack_into("<Q", head, _CHECKSUM_OFFSET, _checksum(head))
-        return _name(head), b"".join([head, *(stored for _, stored in content)])
+        return _name(head), [bytes(head), *(stored for _, stored in content)]
 
 
 def _stands_aligned(entry: Entry) -> bool:

@@ -8,9 +8,9 @@ Memory: a region and its chunks for each thread and one more (4 MiB each), what 
 making, and for each changed region the digest of its new page (about 200 bytes, so 50 MiB for a whole TiB).
 """
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from archipfs.map.chunker import cut
 from archipfs.map.chunks import ChunkStore, Session
 from archipfs.map.pages import Extent, decode_leaf, encode_leaf, overlay
 from archipfs.map.tree import Tree, updated
-from archipfs.types import REGION_BYTES, REGION_SECTORS, SECTOR_BYTES, Digest
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest
 
 EXTENTS_MAX = 384
 """How many pieces a region may be in; with more it is read whole and cut afresh."""
@@ -42,8 +42,8 @@ class Reader(Protocol):
     def next_hole(self, offset: int) -> int | None:
         """The first offset from ``offset`` on that is known to be a hole."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly so many bytes."""
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer; what lies behind the end is zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +104,16 @@ def build_map(
 
 
 def _in_threads(work: Callable[[_Region], _Sealed], regions: Iterator[_Region], threads: int) -> Iterator[_Sealed]:
-    """The results in order, with one region more under way than there are threads."""
-    under_way: deque[Future[_Sealed]] = deque()
+    """The results, in no order: a thread may be putting a pack for long. One region waits for the next free thread."""
+    under_way: set[Future[_Sealed]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="seal") as pool:
         try:
             for region in regions:
-                under_way.append(pool.submit(work, region))
+                under_way.add(pool.submit(work, region))
                 if len(under_way) > threads:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in as_completed(under_way))
         finally:
             for future in under_way:
                 future.cancel()
@@ -182,6 +182,7 @@ class _Sealer:
         self._store = store
         self._session = session
         self._mask_bits = mask_bits
+        self._own = threading.local()
 
     def seal(self, region: _Region) -> _Sealed:
         below = decode_leaf(self._store.page(region.leaf)) if region.leaf is not None else []
@@ -217,7 +218,8 @@ class _Sealer:
 
     def _store_chunks(self, start: int, end: int, region_start: int) -> list[Extent]:
         first = (start - region_start) // SECTOR_BYTES
-        data = memoryview(self._reader.read(start, end - start))
+        data = self._buffer()[: end - start]
+        self._reader.read_into(start, data)
         extents = []
         for piece in cut(data, self._mask_bits):
             chunk = data[piece.first * SECTOR_BYTES : (piece.first + piece.count) * SECTOR_BYTES]
@@ -226,9 +228,13 @@ class _Sealer:
             extents.append(Extent(first + piece.first, piece.count, digest, 0))
         return extents
 
+    def _buffer(self) -> memoryview:
+        """A region's room, the same for each call of a thread: the session copies what it keeps."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(REGION_BYTES))
+        buffer: memoryview = self._own.buffer
+        return buffer
+
 
 def _sectors(extents: list[Extent]) -> int:
     return sum(extent.count for extent in extents)
-
-
-assert EXTENTS_MAX < REGION_SECTORS

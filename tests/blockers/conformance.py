@@ -158,6 +158,14 @@ class Conformance:
             assert reader.get("pack/a-1.b", 200_000) == b""
             assert reader.get("pack/a-1.b", 5, 0) == b""
 
+    def test_object_in_pieces(self, blocker: Blocker) -> None:
+        pieces = [random.Random(number).randbytes(number % 7) for number in range(5000)]
+        pieces[1] = random.Random(1).randbytes(300_000)
+        blocker.put("pack/a", pieces)
+        assert blocker.get("pack/a") == b"".join(pieces)
+        blocker.put("pack/b", [])
+        assert blocker.get("pack/b") == b""
+
     def test_empty_object(self, blocker: Blocker) -> None:
         blocker.put("pack/a", b"")
         assert blocker.exists("pack/a")

@@ -190,8 +190,8 @@ class Bytes:
     def next_hole(self, offset: int) -> int:
         return len(self.content)
 
-    def read(self, offset: int, length: int) -> bytes:
-        return self.content[offset : offset + length]
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.content[offset : offset + len(buffer)]
 
 
 def import_sealed(composer: Composer) -> None:

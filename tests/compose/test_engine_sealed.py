@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from archipfs.blockers.contract import DataObject
 from archipfs.blockers.file import FileBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.engine import (
@@ -24,6 +23,7 @@ from archipfs.compose.engine import (
 from archipfs.compose.engine.extents import EXTENT
 from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.types import REGION_BYTES, REGION_SECTORS, SECTOR_BYTES
+from tests.compose.test_engine import Faulty
 
 REGIONS_MAX = 1 << 32
 """As many as a map has room for, which is more than a volume can have."""
@@ -37,6 +37,13 @@ def sector(number: int) -> bytes:
 
 class Interrupted(BaseException):
     """As KeyboardInterrupt: no ``Exception``."""
+
+
+def watched(data: bytes) -> Faulty:
+    """A pack's object that fails as it is told to."""
+    made = MemoryBlocker().create_data("pack/watched")
+    made.pwrite(0, data)
+    return Faulty(made)
 
 
 class Sealed:
@@ -147,56 +154,38 @@ def test_extents_may_come_packed(sealed: Sealed) -> None:
 
 
 def test_packs_are_closed_with_the_last_region_that_names_them(sealed: Sealed) -> None:
-    closed: list[str] = []
-
-    class Watched(DataObject):
-        """Passes on what an engine asks of a pack."""
-
-        def __init__(self, inner: DataObject) -> None:
-            self.inner = inner
-
-        def pread(self, offset: int, length: int) -> bytes:
-            return self.inner.pread(offset, length)
-
-        def size(self) -> int:
-            return self.inner.size()
-
-        def close(self) -> None:
-            closed.append("closed")
-            self.inner.close()
-
-        def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-            raise AssertionError
-
-        def punch(self, offset: int, length: int) -> None:
-            raise AssertionError
-
-        truncate = punch  # type: ignore[assignment]
-
-        def flush(self) -> None:
-            raise AssertionError
-
-        def allocated(self) -> int:
-            raise AssertionError
-
-        def next_data(self, offset: int) -> int | None:
-            raise AssertionError
-
-        def next_hole(self, offset: int) -> int:
-            raise AssertionError
-
-    inner = sealed.blocker.create_data("pack/watched")
-    inner.pwrite(0, sector(7))
-    pack = EnginePack("a pack", Watched(inner), SECTOR_BYTES)
+    data = watched(sector(7))
+    pack = EnginePack("a pack", data, SECTOR_BYTES)
     sealed.put(0, [(0, 1, 0, 0)], [pack])
     volume = sealed.volume()
     assert volume.read(0, SECTOR_BYTES) == sector(7)
     pack.close()
     pack.close()
     assert volume.read(0, SECTOR_BYTES) == sector(7)
-    assert closed == []
+    assert data.closed == 0
     sealed.table.forget()
-    assert closed == ["closed"]
+    assert data.closed == 1
+    volume.close(clean=True)
+
+
+def test_a_pack_that_is_gone_is_looked_for_once_more(sealed: Sealed) -> None:
+    data = watched(sector(7))
+    moved = EnginePack("a pack", data, SECTOR_BYTES)
+    sealed.put(0, [(0, 1, 0, 0)], [moved])
+    volume = sealed.volume()
+    assert volume.read(0, 8) == sector(7)[:8]
+    gone = ObjectMissing("pack a: not in the store; run archip check")
+    data.faults["pread"] = gone
+    sealed.put(0, [(0, 1, 0, 0)], [EnginePack("another", watched(sector(7)), SECTOR_BYTES)])
+    assert volume.read(0, 8) == sector(7)[:8]
+    assert sealed.asked == [0, 0]
+    sealed.table.forget()
+    sealed.put(0, [(0, 1, 0, 0)], [moved])
+    with pytest.raises(StoreError) as caught:
+        volume.read(0, 8)
+    assert caught.value.__cause__ is gone
+    del data.faults["pread"]
+    assert volume.read(0, 8) == sector(7)[:8]
     volume.close(clean=True)
 
 
@@ -347,6 +336,20 @@ def test_rebase_puts_the_sealed_layer_in_place(sealed: Sealed) -> None:
     assert volume.statistics().layers == 2
     assert volume.read(0, SIZE) == before
     volume.flush()
+    volume.close(clean=True)
+
+
+def test_rebase_of_a_snapshot_puts_the_sealed_layer_on_top(sealed: Sealed) -> None:
+    frozen = sealed.written(at0=sector(1))
+    volume = EngineVolume([frozen], SIZE, writable=False)
+    frozen.close()
+    assert volume.read(0, SECTOR_BYTES) == sector(1)
+    sealed.put(0, [(0, 1, 0, 0)], [sealed.pack(1)])
+    layer = EngineLayer.sealed(frozen.layer_id, sealed.table, sealed.resolve)
+    volume.rebase(frozen.layer_id, layer)
+    layer.close()
+    assert volume.read(0, SECTOR_BYTES) == sector(1)
+    assert sealed.asked == [0]
     volume.close(clean=True)
 
 

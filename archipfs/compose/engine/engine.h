@@ -137,7 +137,7 @@ struct ae_resolver {
 };
 
 /*
- * The resolved regions of all sealed layers of a process: at most `bytes_max` bytes of them. A region takes about 100
+ * The resolved regions of all sealed layers of a process: at most `bytes_max` bytes of them. A region takes 104
  * bytes, 16 for each extent (those that continue each other in one pack are one) and 8 for each pack it names. A pack
  * is let go of with the last region that names it. Regions in a reader's hands are kept beside that until he is done.
  */

@@ -32,8 +32,12 @@ void ae_pack_release(struct ae_pack *pack) {
     free(pack);
 }
 
+static bool pack_has(const struct ae_pack *pack, uint64_t offset, uint64_t length) {
+    return offset <= pack->size && length <= pack->size - offset;
+}
+
 const struct ae_object *ae_pack_object(const struct ae_pack *pack, uint64_t offset, uint64_t length) {
-    return offset <= pack->size && length <= pack->size - offset ? &pack->object : NULL;
+    return pack_has(pack, offset, length) && pack->object.ops->pread_within != NULL ? &pack->object : NULL;
 }
 
 static int read_within(const struct ae_object *object, void *buffer, size_t length, uint64_t offset) {
@@ -47,8 +51,8 @@ static int read_within(const struct ae_object *object, void *buffer, size_t leng
 }
 
 int ae_pack_read(struct ae_pack *pack, void *buffer, size_t length, uint64_t offset, bool nowait) {
-    const struct ae_object *object = ae_pack_object(pack, offset, length);
-    if (object == NULL)
+    const struct ae_object *object = &pack->object;
+    if (!pack_has(pack, offset, length))
         return -EIO;
     if (!nowait)
         return read_within(object, buffer, length, offset);

@@ -47,7 +47,10 @@ struct ae_place {
 void ae_region_place(const struct ae_region *region, uint64_t offset, uint64_t end, struct ae_place *place);
 
 int ae_pack_read(struct ae_pack *pack, void *buffer, size_t length, uint64_t offset, bool nowait);
-/* The pack's object, if it has that range: to copy from. NULL: it has not. */
+/*
+ * The pack's object, to copy a range of it from. NULL: only a read tells what is wrong with the range, or the object
+ * could be shorter than it should be and be copied with zeros.
+ */
 const struct ae_object *ae_pack_object(const struct ae_pack *pack, uint64_t offset, uint64_t length);
 
 #endif

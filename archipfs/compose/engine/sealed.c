@@ -49,9 +49,12 @@ static int as_failure(int error) {
 }
 
 static int resolve(const struct ae_sealed *sealed, uint64_t number, struct ae_region **region) {
+    *region = NULL;
     int result = sealed->resolver.resolve(sealed->resolver.ctx, number, region);
     if (result < 0)
         return as_failure(result);
+    if (*region == NULL)
+        return -EIO;
     if ((*region)->first_region <= number && number < (*region)->end_region)
         return 0;
     ae_region_release(*region);
