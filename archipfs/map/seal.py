@@ -4,7 +4,7 @@ What is to be sealed is read region by region (4 MiB), and only where it differs
 already. A region's new page is the base's page with the new chunks laid over it, so that 4 KiB changed cost 4 KiB and a
 page. A region in too many pieces is read whole and cut afresh.
 
-Memory: a region and its chunks for each thread and one more (4 MiB each), what the session keeps of the packs it is
+Memory: 4 MiB to read to for each thread, what the session keeps of the packs it is
 making, and for each changed region the digest of its new page (about 200 bytes, so 50 MiB for a whole TiB).
 """
 
@@ -16,12 +16,14 @@ from typing import Protocol
 
 from archipfs.map.chunker import cut
 from archipfs.map.chunks import ChunkStore, Session
+from archipfs.map.hashes import Buffer
 from archipfs.map.pages import Extent, decode_leaf, encode_leaf, overlay
 from archipfs.map.tree import Tree, updated
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest
 
 EXTENTS_MAX = 384
 """How many pieces a region may be in; with more it is read whole and cut afresh."""
+BATCH_REGIONS_MAX = 32
 ASK_BYTES = 16 * SECTOR_BYTES
 """A run of changes longer than that may have holes worth looking for before it is read."""
 
@@ -64,6 +66,9 @@ class _Region:
     """What differs: from, until, in bytes of the whole."""
 
 
+_Batch = list[_Region]
+
+
 @dataclass(frozen=True, slots=True)
 class _Sealed:
     number: int
@@ -92,8 +97,8 @@ def build_map(
     tree = Tree(store.page, base.root if base is not None else None)
     leaves: dict[int, Digest | None] = {}
     more_sectors = 0
-    regions = _changed_regions(reader, end, _Cursor(tree))
-    for sealed in _in_threads(sealer.seal, regions, threads):
+    batches = _batches(_changed_regions(reader, end, _Cursor(tree)))
+    for sealed in _in_threads(sealer.seal, batches, threads):
         leaves[sealed.number] = sealed.leaf
         more_sectors += sealed.more_sectors
         progress(sealed.read_bytes)
@@ -103,20 +108,37 @@ def build_map(
     return Map(root, (base.data_bytes if base is not None else 0) + more_sectors * SECTOR_BYTES)
 
 
-def _in_threads(work: Callable[[_Region], _Sealed], regions: Iterator[_Region], threads: int) -> Iterator[_Sealed]:
-    """The results, in no order: a thread may be putting a pack for long. One region waits for the next free thread."""
-    under_way: set[Future[_Sealed]] = set()
+def _in_threads(work: Callable[[_Batch], list[_Sealed]], batches: Iterator[_Batch], threads: int) -> Iterator[_Sealed]:
+    """The results, in no order: a thread may be putting a pack for long. One batch waits for the next free thread."""
+    under_way: set[Future[list[_Sealed]]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="seal") as pool:
         try:
-            for region in regions:
-                under_way.add(pool.submit(work, region))
+            for batch in batches:
+                under_way.add(pool.submit(work, batch))
                 if len(under_way) > threads:
                     done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in as_completed(under_way))
+                    for future in done:
+                        yield from future.result()
+            for future in as_completed(under_way):
+                yield from future.result()
         finally:
             for future in under_way:
                 future.cancel()
+
+
+def _batches(regions: Iterator[_Region]) -> Iterator[_Batch]:
+    """Regions in which little has changed go together: to begin with each would take longer than to seal it."""
+    batch: _Batch = []
+    changed_bytes = 0
+    for region in regions:
+        more_bytes = sum(end - start for start, end in region.runs)
+        if batch and (changed_bytes + more_bytes > REGION_BYTES or len(batch) == BATCH_REGIONS_MAX):
+            yield batch
+            batch, changed_bytes = [], 0
+        batch.append(region)
+        changed_bytes += more_bytes
+    if batch:
+        yield batch
 
 
 class _Cursor:
@@ -174,6 +196,27 @@ def _pass_over(reader: Reader, end: int, base: _Cursor, run: tuple[int, int] | N
     return run
 
 
+class _Room:
+    """Where a thread reads to, and what of it has been cut into chunks and not been stored yet."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(REGION_BYTES))
+        self._used_bytes = 0
+        self.chunks: list[tuple[Digest, Buffer]] = []
+
+    def take(self, length: int) -> memoryview | None:
+        """So many bytes that nobody uses; ``None`` if there are not as many, so that ``clear`` must come first."""
+        start, end = self._used_bytes, self._used_bytes + length
+        if end > REGION_BYTES:
+            return None
+        self._used_bytes = end
+        return self._buffer[start:end]
+
+    def clear(self) -> None:
+        self._used_bytes = 0
+        self.chunks.clear()
+
+
 class _Sealer:
     """Seals regions, in any thread."""
 
@@ -184,20 +227,28 @@ class _Sealer:
         self._mask_bits = mask_bits
         self._own = threading.local()
 
-    def seal(self, region: _Region) -> _Sealed:
+    def seal(self, batch: _Batch) -> list[_Sealed]:
+        if not hasattr(self._own, "room"):
+            self._own.room = _Room()
+        room: _Room = self._own.room
+        room.clear()
+        sealed = [self._seal(region, room) for region in batch]
+        self._session.add_chunks(room.chunks)
+        return sealed
+
+    def _seal(self, region: _Region, room: _Room) -> _Sealed:
         below = decode_leaf(self._store.page(region.leaf)) if region.leaf is not None else []
         start = region.number * REGION_BYTES
         extents, read_bytes = below, 0
         for run_start, run_end in region.runs:
-            chunks = []
+            above: list[Extent] = []
             for piece_start, piece_end in self._data(run_start, run_end):
-                chunks += self._store_chunks(piece_start, piece_end, start)
+                above += self._cut(start, piece_start, piece_end, room)
                 read_bytes += piece_end - piece_start
-            extents = overlay(
-                extents, (run_start - start) // SECTOR_BYTES, (run_end - run_start) // SECTOR_BYTES, chunks
-            )
+            first, count = (run_start - start) // SECTOR_BYTES, (run_end - run_start) // SECTOR_BYTES
+            extents = overlay(extents, first, count, above)
         if len(extents) > EXTENTS_MAX:
-            extents = self._store_chunks(start, start + REGION_BYTES, start)
+            extents = self._cut(start, start, start + REGION_BYTES, room)
             read_bytes += REGION_BYTES
         leaf = self._session.add_page(encode_leaf(extents, self._store.hash.digest_bytes)) if extents else None
         return _Sealed(region.number, leaf, _sectors(extents) - _sectors(below), read_bytes)
@@ -216,24 +267,24 @@ class _Sealer:
         if start < end:
             yield start, end
 
-    def _store_chunks(self, start: int, end: int, region_start: int) -> list[Extent]:
-        first = (start - region_start) // SECTOR_BYTES
-        data = self._buffer()[: end - start]
+    def _cut(self, region_start: int, start: int, end: int, room: _Room) -> list[Extent]:
+        """Read a piece of a region and cut it into chunks."""
+        data = room.take(end - start)
+        if data is None:
+            # The session copies what it keeps.
+            self._session.add_chunks(room.chunks)
+            room.clear()
+            data = room.take(end - start)
+            assert data is not None
         self._reader.read_into(start, data)
+        first_of_piece = (start - region_start) // SECTOR_BYTES
         extents = []
-        for piece in cut(data, self._mask_bits):
-            chunk = data[piece.first * SECTOR_BYTES : (piece.first + piece.count) * SECTOR_BYTES]
+        for first, count in cut(data, self._mask_bits):
+            chunk = data[first * SECTOR_BYTES : (first + count) * SECTOR_BYTES]
             digest = self._store.hash.digest(chunk)
-            self._session.add_chunk(digest, chunk)
-            extents.append(Extent(first + piece.first, piece.count, digest, 0))
+            room.chunks.append((digest, chunk))
+            extents.append(Extent(first_of_piece + first, count, digest, 0))
         return extents
-
-    def _buffer(self) -> memoryview:
-        """A region's room, the same for each call of a thread: the session copies what it keeps."""
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(bytearray(REGION_BYTES))
-        buffer: memoryview = self._own.buffer
-        return buffer
 
 
 def _sectors(extents: list[Extent]) -> int:
