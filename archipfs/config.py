@@ -49,6 +49,14 @@ class SealConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GcConfig:
+    """When the daemon collects garbage by itself."""
+
+    background: bool = True
+    every_seconds: float = 3600
+
+
+@dataclass(frozen=True, slots=True)
 class CacheConfig:
     """What is kept to read sealed volumes fast."""
 
@@ -68,6 +76,7 @@ class Config:
     """The private instance's directory, if it is one."""
     backends: Mapping[str, BackendConfig] = field(default_factory=dict)
     seal: SealConfig = SealConfig()
+    gc: GcConfig = GcConfig()
     cache: CacheConfig = CacheConfig()
 
     @property
@@ -128,7 +137,7 @@ def save_backend(config: Config, backend: BackendConfig) -> Config:
 
 
 def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
-    _known(base.path, "", document, {"node", "backend", "seal", "cache"})
+    _known(base.path, "", document, {"node", "backend", "seal", "gc", "cache"})
     node = _table(base.path, "node", document.get("node", {}))
     _known(base.path, "node.", node, {"state_dir", "run_dir"})
     backends = {}
@@ -144,6 +153,7 @@ def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
         run_dir=_path(base.path, "node.run_dir", node.get("run_dir"), base.run_dir),
         backends=backends,
         seal=_seal(base.path, _table(base.path, "seal", document.get("seal", {}))),
+        gc=_gc(base.path, _table(base.path, "gc", document.get("gc", {}))),
         cache=_cache(base.path, _table(base.path, "cache", document.get("cache", {}))),
     )
 
@@ -151,18 +161,24 @@ def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
 def _seal(path: Path, table: Mapping[str, Any]) -> SealConfig:
     _known(path, "seal.", table, {"background", "after", "threads", "bandwidth", "live_after"})
     default = SealConfig()
-    background = table.get("background", default.background)
-    if not isinstance(background, bool):
-        raise InvalidConfig(f"{path}: seal.background is neither true nor false: {background!r}")
     threads = table.get("threads", default.threads)
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= THREADS_MAX:
         raise InvalidConfig(f"{path}: seal.threads is not a number from 1 to {THREADS_MAX}: {threads!r}")
     return SealConfig(
-        background,
+        _flag(path, "seal.background", table.get("background", default.background)),
         _seconds(path, "seal.after", table.get("after", default.after_seconds)),
         threads,
         _bytes(path, "seal.bandwidth", table.get("bandwidth", default.bandwidth)),
         _seconds(path, "seal.live_after", table.get("live_after", default.live_after_seconds)),
+    )
+
+
+def _gc(path: Path, table: Mapping[str, Any]) -> GcConfig:
+    _known(path, "gc.", table, {"background", "every"})
+    default = GcConfig()
+    return GcConfig(
+        _flag(path, "gc.background", table.get("background", default.background)),
+        _seconds(path, "gc.every", table.get("every", default.every_seconds)),
     )
 
 
@@ -173,6 +189,12 @@ def _cache(path: Path, table: Mapping[str, Any]) -> CacheConfig:
         _bytes(path, "cache.extents", table.get("extents", default.extents)),
         _bytes(path, "cache.objects", table.get("objects", default.objects)),
     )
+
+
+def _flag(path: Path, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidConfig(f"{path}: {name} is neither true nor false: {value!r}")
+    return value
 
 
 def _seconds(path: Path, name: str, value: object) -> float:

@@ -54,6 +54,9 @@ DETAILS = (
     Column("kind"),
     Column("size", as_size),
     Column("written", as_size),
+    Column("exclusive", as_size),
+    Column("shared", as_size),
+    Column("removal_frees", as_size),
     Column("backend"),
     Column("parent"),
     Column("state"),
@@ -84,9 +87,13 @@ def volume_list(instance: Instance, view: View) -> None:
 @view_options(DETAILS)
 @pass_instance
 def volume_info(instance: Instance, name: str, view: View) -> None:
-    """Show all there is to know of a volume."""
+    """Show all there is to know of a volume.
+
+    Written is what came since the last snapshot; exclusive is what only this volume holds, shared what others hold too;
+    and removing a snapshot frees what only it holds, once garbage is collected.
+    """
     with instance.connect() as client:
-        view.item(client.call("volume-info", name=name))
+        view.item(client.call("volume-info", name=name, space=True))
 
 
 @click.command("volume-create")

@@ -26,6 +26,7 @@ from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
+from archipfs.daemon.upkeep import Upkeep
 from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
 from archipfs.map.locks import Node as NodeIdentity
 from archipfs.map.mapper import Mapper, create_store
@@ -47,6 +48,8 @@ class Node:
     """What the daemon says of itself; of a node without a mount, an empty mapping."""
     changed: Callable[[str], None]
     """Called with a volume's id after its content or size changed other than by writing."""
+    upkeep: Mapping[str, Upkeep]
+    """By backend."""
 
 
 @contextmanager
@@ -147,7 +150,8 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
         if recover:
             composer.recover()
-        yield Node(config, identity, composer, dict, lambda volume: None)
+        upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
+        yield Node(config, identity, composer, dict, lambda volume: None, upkeep)
         composer.close_all()
         composer.reclaim()
 

@@ -23,6 +23,7 @@ from archipfs.daemon.node import Node, create_default_backend, exclusive, open_n
 from archipfs.daemon.sd_notify import forget, notify, store
 from archipfs.daemon.sealing import BackgroundSealing
 from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
+from archipfs.daemon.upkeep import collect_in_background
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
@@ -167,6 +168,8 @@ class _Life:
             nursery.start_soon(_watch_locks, node, mount)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
+            if node.config.gc.background:
+                nursery.start_soon(_collect_garbage, node)
 
     async def _serve(self, life: trio.CancelScope) -> None:
         await self.mount.serve()
@@ -247,6 +250,19 @@ async def _seal_in_background(node: Node) -> None:
             await trio.to_thread.run_sync(sealing.seal_what_is_due, limiter=threads)
         except Exception:
             log.exception("bug", chore="seal in the background")
+
+
+async def _collect_garbage(node: Node) -> None:
+    """Every now and then delete packs that nobody needs."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(max(node.config.gc.every_seconds, HOUSEKEEPING_SECONDS))
+        try:
+            await trio.to_thread.run_sync(
+                collect_in_background, node.composer, list(node.upkeep.values()), limiter=threads
+            )
+        except Exception:
+            log.exception("bug", chore="collect garbage")
 
 
 async def _watch_locks(node: Node, mount: Mount) -> None:

@@ -22,6 +22,7 @@ COMMANDS = [
     "backend-info",
     "backend-list",
     "check",
+    "gc",
     "mount",
     "status",
     "umount",
