@@ -125,6 +125,8 @@ struct ae_region;
 
 int ae_region_make(uint64_t first_region, uint64_t end_region, const struct ae_extent *extents, size_t count,
                    struct ae_pack *const *packs, size_t pack_count, struct ae_region **region);
+/* For a resolver that made one and fails after all. */
+void ae_region_release(struct ae_region *region);
 
 /*
  * Who knows where a region of a sealed layer lies. `resolve` makes the one that has `region` in it, which goes over to

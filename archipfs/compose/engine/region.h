@@ -33,7 +33,6 @@ struct ae_region {
 };
 
 void ae_region_retain(struct ae_region *region);
-void ae_region_release(struct ae_region *region);
 
 /* What lies at an offset of the volume: how far it is the same, and where. */
 struct ae_place {
