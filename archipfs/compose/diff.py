@@ -101,12 +101,12 @@ def check_granularity(size: int, granularity: int) -> None:
 
 
 def bitmap(runs: Iterable[Run], size: int, granularity: int) -> bytes:
-    """A bit for each ``granularity`` bytes of ``size``, set where a run touches them. The first is the highest bit of
-    the first byte, as in what xapi's VDI.list_changed_blocks returns."""
+    """A bit for each ``granularity`` bytes of ``size``, set where a run touches them; a run may end beyond that. The
+    first is the highest bit of the first byte, as in what xapi's VDI.list_changed_blocks returns."""
     blocks = -(-size // granularity)
     bits = bytearray(-(-blocks // 8))
     for start, end in runs:
-        for block in range(start // granularity, -(-end // granularity)):
+        for block in range(start // granularity, min(blocks, -(-end // granularity))):
             bits[block >> 3] |= 0x80 >> (block & 7)
     return bytes(bits)
 

@@ -89,3 +89,22 @@ def test_a_volume_that_another_node_writes_is_refused(world: World) -> None:
     one.create("vm1", SIZE)
     with one.using(one.find("vm1")), pytest.raises(LockHeld, match="vm1"):
         hash_of(two, "vm1")
+
+
+def test_only_what_was_written_is_frozen(world: World) -> None:
+    composer = world.composer()
+    composer.create("vm1", SIZE)
+    fill(composer, "vm1", pattern(1, 2))
+
+    def layers() -> int:
+        found = composer.find("vm1")
+        return sum(1 for _ in found.mapper.catalog.chain(found.record.layer))
+
+    first = hash_of(composer, "vm1")
+    assert layers() == 2
+    assert hash_of(composer, "vm1") == first
+    assert layers() == 2
+    composer.resize(composer.find("vm1"), 4096)
+    composer.resize(composer.find("vm1"), SIZE)
+    assert hash_of(composer, "vm1") == expected(pattern(1).ljust(SIZE, b"\0"))
+    assert layers() == 3
