@@ -8,17 +8,20 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.processes import Servers
+from benchmarks.processes import Memory, Servers
 from benchmarks.report import MIB, load_now, markdown_table, report
 
 if TYPE_CHECKING:
     from archipfs.map.chunks import ChunkStore
+    from archipfs.types import Digest
 
 EXTENT_SECTORS = 8
 EXTENTS_A_REGION = 128
@@ -36,10 +39,11 @@ def chunk_store(directory: Path) -> Iterator["ChunkStore"]:
         yield ChunkStore(FileBlocker.create(str(directory / "store")), cache, content_hash("blake3"), node="0" * 32)
 
 
-def make_map(directory: Path, extents: int) -> bytes:
+def make_map(directory: Path, extents: int) -> "Digest":
     """A map of so many extents; the digest of its root."""
     from archipfs.map.pages import Extent, encode_leaf
     from archipfs.map.tree import updated
+    from archipfs.types import Digest
 
     with chunk_store(directory) as store, store.session() as session:
         size = store.hash.digest_bytes
@@ -48,7 +52,7 @@ def make_map(directory: Path, extents: int) -> bytes:
             digests = os.urandom(EXTENTS_A_REGION * size)
             page = encode_leaf(
                 [
-                    Extent(at * EXTENT_SECTORS, EXTENT_SECTORS, digests[at * size : (at + 1) * size], 0)
+                    Extent(at * EXTENT_SECTORS, EXTENT_SECTORS, Digest(digests[at * size : (at + 1) * size]), 0)
                     for at in range(EXTENTS_A_REGION)
                 ],
                 size,
@@ -59,18 +63,51 @@ def make_map(directory: Path, extents: int) -> bytes:
         return root
 
 
-def mark(directory: str, root: bytes) -> tuple[float, int, int, int]:
-    """In a process of its own: seconds, how many digests were marked, and its memory before and at most, in bytes."""
-    from archipfs.map.marking import Marking
+@dataclass(frozen=True)
+class Marked:
+    seconds: float
+    digests: int
+    own_bytes: int
+    """Memory of its own that the process had at most, without what it had before."""
+    peak_bytes: int
+    """Resident in all: with the pages of LMDB that it has mapped, which the kernel may take back."""
 
-    us = Servers((os.getpid(),))
-    before = us.peak_bytes()
-    with chunk_store(Path(directory)) as store:
+
+def mark(directory: str, root: "Digest") -> Marked:
+    """In a process of its own."""
+    from archipfs.map.marking import Marking
+    from archipfs.types import LayerId
+
+    before = own_bytes()
+    with chunk_store(Path(directory)) as store, watching(own_bytes) as most:
         started = time.monotonic()
         marking = Marking(store.page)
-        marking.mark(root, "0" * 32, lambda: None)
-        marked = len(marking.marks)
-        return time.monotonic() - started, marked, before, us.peak_bytes()
+        marking.mark(root, LayerId("0" * 32), lambda: None)
+        digests = len(marking.marks)
+        seconds = time.monotonic() - started
+    return Marked(seconds, digests, most[0] - before, Servers((os.getpid(),)).peak_bytes())
+
+
+def own_bytes() -> int:
+    return Memory.of(os.getpid()).anonymous
+
+
+@contextmanager
+def watching(value: Callable[[], int]) -> Iterator[list[int]]:
+    """The most that the value was in the block, looked at a hundred times a second."""
+    most, ended = [value()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            most[0] = max(most[0], value())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def bench_marking(options: argparse.Namespace) -> None:
@@ -81,10 +118,10 @@ def bench_marking(options: argparse.Namespace) -> None:
         print("the map is made", file=sys.stderr)
         for what in ("pages from packs", "pages from LMDB"):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, marked, before, peak = pool.apply(mark, (directory, root))
-            cells = [f"{marked:,}", f"{seconds:.1f}", f"{before / MIB:.0f}", f"{peak / MIB:.0f}"]
-            rows.append([what, *cells, f"{(peak - before) / marked:.0f}"])
-        head = ["marking", "marked", "s", "memory before, MiB", "at most, MiB", "bytes a mark"]
+                marked = pool.apply(mark, (directory, root))
+            cells = [f"{marked.digests:,}", f"{marked.seconds:.1f}", f"{marked.own_bytes / MIB:.0f}"]
+            rows.append([what, *cells, f"{marked.own_bytes / marked.digests:.0f}", f"{marked.peak_bytes / MIB:.0f}"])
+        head = ["marking", "marked", "s", "memory it took at most, MiB", "bytes a mark", "RSS with LMDB's pages, MiB"]
         report(f"marking {options.extents:,} extents", markdown_table(head, rows), load=load, record=options.record)
 
 
