@@ -123,6 +123,7 @@ class Composer:
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
         self.seals_waited_for = 0
+        self._seals_end = False
         self._reclaim_mutex = threading.Lock()
         self._reclaim_wanted = False
 
@@ -634,7 +635,7 @@ class Composer:
         target = self._frozen_layer(found, live)
         if target is None:
             return SealedVolume(0, 0, 0)
-        advance = Advance(progress, bytes_to_seal(found.mapper, target))
+        advance = Advance(self._heeding_the_end(progress), bytes_to_seal(found.mapper, target))
         sealed = [
             self._seal_layer(found.mapper, layer, threads, advance)
             for layer in layers_to_seal(found.mapper.catalog, target)
@@ -665,7 +666,7 @@ class Composer:
             self._refuse_taken(name)
             mapper = self.mapper(backend)
             mapper.check_fits(size)
-            advance = Advance(progress, about_bytes)
+            advance = Advance(self._heeding_the_end(progress), about_bytes)
             with (
                 mapper.reserve(name) as reservation,
                 import_layer(mapper, self._sealed[mapper.backend], reader, size, threads, advance) as layer,
@@ -675,6 +676,19 @@ class Composer:
 
         made = self._make("imported", name, request, make)
         return Imported(made, sealed.data_bytes if sealed else 0, sealed.added_bytes if sealed else 0)
+
+    def end_seals(self) -> None:
+        """Have those under way, and imports, end soon, with an error: this process is to end. What they have stored is
+        found again."""
+        self._seals_end = True
+
+    def _heeding_the_end(self, progress: Progress) -> Progress:
+        def heed(done: int, total: int) -> None:
+            progress(done, total)
+            if self._seals_end:
+                raise ArchipError("sealing was cut short, since the daemon ends; seal again to go on with it")
+
+        return heed
 
     def _frozen_layer(self, found: Found, live: bool) -> LayerId | None:
         """The uppermost layer of the volume that does not change any more, durable."""

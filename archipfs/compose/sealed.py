@@ -10,9 +10,12 @@ byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
 
 import struct
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import structlog
 
 from archipfs.blockers.contract import DataObject
 from archipfs.compose.engine import PACK_DAMAGED, EngineLayer, EnginePack, ExtentTable, Region
@@ -29,10 +32,13 @@ from archipfs.map.records import LayerRecord
 from archipfs.map.tree import REGIONS_MAX, Tree
 from archipfs.types import CHUNK_SECTORS_MAX, SECTOR_BYTES, Digest, PackId
 
+log = structlog.get_logger()
+
 PACKS_OPEN_MAX = 1024
 """Those kept open because somebody may read them soon; the regions in the engine's table keep theirs beside that."""
 PACKS_OPENED_MAX = 16384
 """After that many were opened, the engine's table is emptied: so many descriptors at most are in use."""
+LOG_SECONDS = 2.0
 NODES_KEPT = 32
 """How many runs of 256 regions a layer remembers the leaves of."""
 CHUNK_BYTES_MAX = CHUNK_SECTORS_MAX * SECTOR_BYTES
@@ -99,17 +105,25 @@ class SealedStore:
         """Opened at the first call, which may have to read what is new in the store."""
         with self._mutex:
             if self._chunks is None:
-                store = self._mapper.store
-                self._cache = Cache(self._shared.directory / store.id)
-                self._chunks = ChunkStore(
-                    self._mapper.blocker,
-                    self._cache,
-                    content_hash(store.hash),
-                    node=self._mapper.node.id,
-                    compression=store.compression,
-                )
-                self._chunks.refresh()
+                self._cache, self._chunks = self._open_chunks()
             return self._chunks
+
+    def _open_chunks(self) -> tuple[Cache, ChunkStore]:
+        store = self._mapper.store
+        cache = Cache(self._shared.directory / store.id)
+        try:
+            chunks = ChunkStore(
+                self._mapper.blocker,
+                cache,
+                content_hash(store.hash),
+                node=self._mapper.node.id,
+                compression=store.compression,
+            )
+            chunks.refresh(_log_progress(self._mapper.backend))
+        except BaseException:
+            cache.close()
+            raise
+        return cache, chunks
 
     def open_layer(self, record: LayerRecord) -> EngineLayer:
         """The engine's layer for one that is sealed."""
@@ -226,6 +240,19 @@ class SealedStore:
     def read_chunk(self, digest: Digest, offset: int, length: int) -> bytes:
         """A range of a chunk, through the object cache."""
         return self._shared.objects.read(digest, offset, length, lambda: self.chunks.read(digest))
+
+
+def _log_progress(backend: str) -> Callable[[int, int], None]:
+    """Says in the log how far it is with learning what packs there are, where that takes a while."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            log.info("reading which chunks the packs have", backend=backend, packs=total, done=done)
+
+    return progress
 
 
 class _Resolver:

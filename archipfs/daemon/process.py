@@ -166,6 +166,7 @@ class _Life:
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)
+            nursery.start_soon(_end_seals, node)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
             if node.config.gc.background:
@@ -238,6 +239,14 @@ async def _reclaim_space(node: Node, recover: bool) -> None:
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         await run(node.composer.reclaim)
+
+
+async def _end_seals(node: Node) -> None:
+    """As soon as we are to end, have nobody go on sealing whom we would have to wait for."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        node.composer.end_seals()
 
 
 async def _seal_in_background(node: Node) -> None:

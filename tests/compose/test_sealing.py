@@ -443,3 +443,29 @@ def test_an_empty_file_cannot_be_imported(composer: Composer, tmp_path: Path) ->
     (tmp_path / "empty").touch()
     with SparseFile(tmp_path / "empty") as file, pytest.raises(InvalidInput):
         composer.import_sealed("vm", file.size, file, about_bytes=0)
+
+
+def test_layers_that_were_frozen_before_a_volume_was_opened_are_sealed_beneath_it(composer: Composer) -> None:
+    content = volume(composer, "vm", (0, noise(1, 300)))
+    composer.snapshot("vm", "snap")
+    with composer.using(composer.find("vm")) as opened:
+        composer.seal("snap")
+        assert opened.engine.statistics().layers == 2
+        assert opened.read(0, SIZE) == content
+        assert [each.sealed is not None for each in composer.mapper().catalog.chain(opened.record.layer)] == [
+            False,
+            True,
+        ]
+
+
+def test_hundreds_of_snapshots_sealed_cost_reads_nothing(composer: Composer) -> None:
+    volume(composer, "vm", (0, noise(0, 4)))
+    with composer.using(composer.find("vm")) as opened:
+        for number in range(400):
+            opened.write(number * SECTOR_BYTES, noise(number, 1))
+            composer.snapshot("vm", f"vm@{number}")
+        content = opened.read(0, SIZE)
+        assert composer.seal("vm").layers == 400
+        assert opened.engine.statistics().layers == 2
+        assert opened.read(0, SIZE) == content
+    assert content_of(composer, "vm@200")[: 201 * SECTOR_BYTES] == content[: 201 * SECTOR_BYTES]
