@@ -12,7 +12,7 @@ import trio
 
 from archipfs.compose.composer import Composer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ArchipError, Busy
+from archipfs.errors import ArchipError, Busy, ObjectDamaged, ObjectMissing
 from archipfs.map.check import Finding, check_backend
 from archipfs.map.chunks import PACK_KIND
 from archipfs.map.gc import Collected, Collector
@@ -83,8 +83,9 @@ class Upkeep:
         elsewhere = [other.as_source() for other in (self, *others)]
         done = repair(self.mapper.catalog, self._sealed.chunks, elsewhere, mask_bits, progress)
         self._sealed.forget(())
-        with suppress(Busy):  # then the damaged packs go with the next collection
-            self._the_collector().collect(pulse=lambda: progress(0, 0))
+        # Under way already, the damaged packs go with the next one; with pages lost, nothing does, and `check` says so.
+        with suppress(Busy, ObjectMissing, ObjectDamaged):
+            self._the_collector().collect(unreadable=True, pulse=lambda: progress(0, 0))
         return done
 
     def as_source(self) -> Elsewhere:
