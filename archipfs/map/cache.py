@@ -441,13 +441,17 @@ class Cache:
         return self._bounded_get("pages", digest)
 
     def page_put(self, digest: Digest, page: bytes) -> None:
-        self._bounded_put("pages", digest, page)
+        self.pages_put([(digest, page)])
+
+    def pages_put(self, pages: Sequence[tuple[Digest, bytes]]) -> None:
+        """Keep several, in one transaction."""
+        self._bounded_put("pages", pages)
 
     def region_get(self, leaf: Digest) -> bytes | None:
         return self._bounded_get("regions", leaf)
 
     def region_put(self, leaf: Digest, blob: bytes) -> None:
-        self._bounded_put("regions", leaf, blob)
+        self._bounded_put("regions", [(leaf, blob)])
 
     def regions_forget(self) -> None:
         """Forget all regions: places that they name may be gone."""
@@ -464,16 +468,17 @@ class Cache:
 
         return self._pages.read(get)
 
-    def _bounded_put(self, name: str, key: bytes, value: bytes) -> None:
+    def _bounded_put(self, name: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
         def put(txn: _Txn) -> None:
             young = _count(txn, name.encode())
             if txn.bytes_taken(_halves(name)[young]) >= self._bytes_max[name] // 2:
                 young = 1 - young
                 _set_count(txn, name.encode(), young)
                 txn.empty(_halves(name)[young])
-            txn.put(_halves(name)[young], key, value)
-            # One value for a key, wherever it is looked for first.
-            txn.delete(_halves(name)[1 - young], key)
+            for key, value in entries:
+                txn.put(_halves(name)[young], key, value)
+                # One value for a key, wherever it is looked for first.
+                txn.delete(_halves(name)[1 - young], key)
 
         self._pages.write(put)
 
