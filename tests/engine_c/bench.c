@@ -1,5 +1,6 @@
 /*
- * What the engine adds to a read and a write of 4 KiB: random ones on a file in the page cache, raw and through it.
+ * What the engine adds to a read and a write of 4 KiB: random ones on a file in the page cache, raw and through it; and
+ * reads of a sealed layer whose chunks of 32 KiB lie in a pack in no order, when the table has them.
  *
  *     bench [DIRECTORY [THREADS]]
  */
@@ -18,14 +19,17 @@
 #define OPS 400000
 #define THREADS_MAX 64
 
-enum kind { RAW_READ, ENGINE_READ, RAW_WRITE, ENGINE_WRITE, KINDS };
+#define CHUNK_SECTORS 8u
 
-static const char *const names[KINDS] = {"raw pread", "engine read", "raw pwrite", "engine write"};
+enum kind { RAW_READ, ENGINE_READ, SEALED_READ, RAW_WRITE, ENGINE_WRITE, KINDS };
+
+static const char *const names[KINDS] = {"raw pread", "engine read", "sealed read", "raw pwrite", "engine write"};
 
 struct job {
     enum kind kind;
     int fd;
     struct ae_volume *volume;
+    struct ae_volume *sealed;
     uint64_t seed;
 };
 
@@ -37,6 +41,7 @@ static void *job_run(void *argument) {
         uint64_t offset = random_below(&random, FILE_BYTES / SECTOR) * SECTOR;
         ssize_t done = job->kind == RAW_READ      ? pread(job->fd, bytes, SECTOR, (off_t)offset)
                        : job->kind == ENGINE_READ ? ae_read(job->volume, bytes, SECTOR, offset)
+                       : job->kind == SEALED_READ ? ae_read(job->sealed, bytes, SECTOR, offset)
                        : job->kind == RAW_WRITE   ? pwrite(job->fd, bytes, SECTOR, (off_t)offset)
                                                   : ae_write(job->volume, bytes, SECTOR, offset);
         CHECK_EQUAL(done, SECTOR);
@@ -50,12 +55,46 @@ static double seconds_now(void) {
     return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
-static double measure(enum kind kind, int fd, struct ae_volume *volume, unsigned threads) {
+/* The chunks of the file, each elsewhere than where the volume shows it. */
+static int resolve(void *ctx, uint64_t region, struct ae_region **made) {
+    struct ae_pack *pack = ctx;
+    struct ae_extent extents[AE_REGION_SECTORS / CHUNK_SECTORS];
+    uint64_t chunks = FILE_BYTES / SECTOR / CHUNK_SECTORS;
+    for (unsigned i = 0; i < AE_REGION_SECTORS / CHUNK_SECTORS; i++) {
+        uint64_t chunk = region * (AE_REGION_SECTORS / CHUNK_SECTORS) + i;
+        extents[i] = (struct ae_extent){.first = (uint16_t)(i * CHUNK_SECTORS),
+                                        .count = CHUNK_SECTORS,
+                                        .offset = chunk * 4999 % chunks * CHUNK_SECTORS * SECTOR};
+    }
+    return ae_region_make(region, region + 1, extents, AE_REGION_SECTORS / CHUNK_SECTORS, &pack, 1, made);
+}
+
+static void resolver_close(void *ctx) { ae_pack_release(ctx); }
+
+static struct ae_volume *sealed_open(int fd) {
+    struct ae_object object;
+    struct ae_resolver resolver = {.resolve = resolve, .close = resolver_close};
+    struct ae_pack *pack;
+    CHECK_EQUAL(ae_object_file(fd, &object), 0);
+    CHECK_EQUAL(ae_pack_open(object, FILE_BYTES, &pack), 0);
+    resolver.ctx = pack;
+    struct ae_table *table;
+    struct ae_layer *layer;
+    struct ae_volume *volume;
+    CHECK_EQUAL(ae_table_open(8 << 20, &table), 0);
+    CHECK_EQUAL(ae_layer_open_sealed((const uint8_t[16]){1}, table, resolver, &layer), 0);
+    CHECK_EQUAL(ae_volume_open(&layer, 1, FILE_BYTES, false, &volume), 0);
+    ae_layer_release(layer);
+    ae_table_release(table);
+    return volume;
+}
+
+static double measure(enum kind kind, int fd, struct ae_volume *volume, struct ae_volume *sealed, unsigned threads) {
     pthread_t thread[THREADS_MAX];
     struct job job[THREADS_MAX];
     double start = seconds_now();
     for (unsigned i = 0; i < threads; i++) {
-        job[i] = (struct job){.kind = kind, .fd = fd, .volume = volume, .seed = i};
+        job[i] = (struct job){.kind = kind, .fd = fd, .volume = volume, .sealed = sealed, .seed = i};
         CHECK(pthread_create(&thread[i], NULL, job_run, &job[i]) == 0);
     }
     for (unsigned i = 0; i < threads; i++)
@@ -91,23 +130,26 @@ int main(int argc, char **argv) {
     for (uint64_t offset = 0; offset < FILE_BYTES; offset += 1 << 20)
         CHECK_EQUAL(ae_write(volume, bytes, 1 << 20, offset), 1 << 20);
 
+    struct ae_volume *sealed = sealed_open(fd);
     for (unsigned count = 1; count <= threads; count *= 2) {
         double raw_us = 0;
         for (enum kind kind = 0; kind < KINDS; kind++) {
-            double best = measure(kind, fd, volume, count);
+            double best = measure(kind, fd, volume, sealed, count);
             for (int again = 0; again < 2; again++) {
-                double seconds = measure(kind, fd, volume, count);
+                double seconds = measure(kind, fd, volume, sealed, count);
                 best = seconds < best ? seconds : best;
             }
             double us = best * 1e6 / OPS;
             printf("%-13s %2u threads %9.0f ops/s %6.3f us", names[kind], count, OPS * count / best, us);
-            if (kind == ENGINE_READ || kind == ENGINE_WRITE)
-                printf("  (+%.3f us)", us - raw_us);
+            if (kind == RAW_READ || kind == RAW_WRITE)
+                raw_us = us;
+            else
+                printf("  (%+.3f us)", us - raw_us);
             printf("\n");
-            raw_us = us;
         }
     }
     CHECK_EQUAL(ae_flush(volume), 0);
+    ae_volume_close(sealed, false);
     ae_volume_close(volume, true);
     ae_layer_release(layer);
     free(bytes);

@@ -25,28 +25,58 @@ struct copy {
 
 static uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-/* The step at `from`, up to `end` at most: bytes that are all data of `run->source`, or all zeros. */
-static int plan_step(const struct copy *copy, uint64_t from, uint64_t end, struct ae_run *run) {
-    int result = ae_run_at(copy->source->layers, copy->source->count, from, end, false, run);
-    if (result < 0 || run->source == NULL)
+/* Bytes that are all data, or all zeros. */
+struct step {
+    struct ae_run run;              /* no source: zeros */
+    const struct ae_object *object; /* has them, from `offset` on; NULL: only a read tells what is wrong with them */
+    uint64_t offset;
+    struct ae_region *region; /* keeps the pack that is the object; NULL: it is the source's data object */
+};
+
+static int plan_sealed(struct step *step) {
+    struct ae_run *run = &step->run;
+    struct ae_place place;
+    int result = ae_sealed_place(run->source->sealed, run->offset, run->offset + run->length, &step->region, &place);
+    if (result < 0)
         return result;
-    const struct ae_object *object = &run->source->data;
+    run->length = place.length;
+    if (!place.data)
+        run->source = NULL;
+    if (place.pack != NULL)
+        step->object = ae_pack_object(place.pack, place.offset, place.length);
+    step->offset = place.offset;
+    return 0;
+}
+
+static int plan_data(struct step *step) {
+    struct ae_run *run = &step->run;
+    const struct ae_object *object = step->object = &run->source->data;
+    step->offset = run->offset;
     uint64_t found;
-    result = object->ops->next_data(object->ctx, from, &found);
-    if (result == -ENXIO || (result == 0 && found > from)) {
+    int result = object->ops->next_data(object->ctx, run->offset, &found);
+    if (result == -ENXIO || (result == 0 && found > run->offset)) {
         run->source = NULL;
         if (result == 0)
-            run->length = smaller(run->length, found - from);
+            run->length = smaller(run->length, found - run->offset);
         return 0;
     }
     if (result == 0)
-        result = object->ops->next_hole(object->ctx, from, &found);
+        result = object->ops->next_hole(object->ctx, run->offset, &found);
     /* The object became shorter between the two calls: the read will find zeros. */
     if (result == -ENXIO)
         return 0;
-    if (result == 0 && found > from)
-        run->length = smaller(run->length, found - from);
+    if (result == 0 && found > run->offset)
+        run->length = smaller(run->length, found - run->offset);
     return result;
+}
+
+/* The step at `from`, up to `end` at most. */
+static int plan_step(const struct copy *copy, uint64_t from, uint64_t end, struct step *step) {
+    *step = (struct step){0};
+    int result = ae_run_at(copy->source->layers, copy->source->count, from, end, false, &step->run);
+    if (result < 0 || step->run.source == NULL)
+        return result;
+    return step->run.source->sealed != NULL ? plan_sealed(step) : plan_data(step);
 }
 
 /* Returns how much of the range was copied, at least a byte. */
@@ -56,22 +86,23 @@ static ssize_t copy_through_buffer(struct copy *copy, const struct ae_run *run, 
     if (copy->buffer == NULL)
         return -ENOMEM;
     size_t length = (size_t)smaller(run->length, BUFFER_BYTES);
-    const struct ae_object *object = &run->source->data;
-    int result = object->ops->pread(object->ctx, copy->buffer, length, run->offset);
+    int result = ae_run_read(run, copy->buffer, length, false);
     return result < 0 ? result : ae_write(copy->target, copy->buffer, length, to);
 }
 
 /* The whole sectors that the run begins with by the objects themselves; its edges through the buffer. */
-static ssize_t copy_data(struct copy *copy, struct ae_run *run, uint64_t to) {
+static ssize_t copy_data(struct copy *copy, struct step *step, uint64_t to) {
+    struct ae_run *run = &step->run;
     struct ae_range rest = {.offset = run->offset, .end = run->offset + run->length};
     struct ae_piece piece;
-    if (copy->by_object && ae_piece_next(&rest, &piece)) {
+    if (copy->by_object && step->object != NULL && ae_piece_next(&rest, &piece)) {
         run->length = piece.length;
         if (!piece.partial) {
-            int result = ae_write_from(copy->target, to, &run->source->data, run->offset, (size_t)run->length);
+            int result = ae_write_from(copy->target, to, step->object, step->offset, (size_t)run->length);
             if (result == 0)
                 return (ssize_t)run->length;
-            if (result != -EOPNOTSUPP)
+            /* Of a pack, a read finds out whether it has moved. */
+            if (result != -EOPNOTSUPP && step->region == NULL)
                 return result;
             copy->by_object = false;
         }
@@ -80,14 +111,18 @@ static ssize_t copy_data(struct copy *copy, struct ae_run *run, uint64_t to) {
 }
 
 static ssize_t copy_step(struct copy *copy, uint64_t from, uint64_t end, uint64_t to) {
-    struct ae_run run;
-    int result = plan_step(copy, from, smaller(end, from + STEP_BYTES), &run);
-    if (result < 0)
-        return result;
-    if (run.source != NULL)
-        return copy_data(copy, &run, to);
-    result = ae_clear(copy->target, to, run.length);
-    return result < 0 ? result : (ssize_t)run.length;
+    struct step step;
+    ssize_t done = plan_step(copy, from, smaller(end, from + STEP_BYTES), &step);
+    if (done == 0 && step.run.source != NULL) {
+        done = copy_data(copy, &step, to);
+    } else if (done == 0) {
+        done = ae_clear(copy->target, to, step.run.length);
+        if (done == 0)
+            done = (ssize_t)step.run.length;
+    }
+    if (step.region != NULL)
+        ae_region_release(step.region);
+    return done;
 }
 
 ssize_t ae_copy(struct ae_volume *target, uint64_t target_offset, struct ae_volume *source, uint64_t source_offset,

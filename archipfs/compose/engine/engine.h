@@ -19,6 +19,10 @@
 #define AE_SIZE_MAX (UINT64_C(64) << 40)
 #define AE_LAYERS_MAX 65536u
 #define AE_COPY_BYTES_MAX (UINT64_C(64) << 20)
+#define AE_REGION_SECTORS 1024u
+#define AE_REGION_BYTES (UINT64_C(4) << 20)
+#define AE_REGIONS_MAX (AE_SIZE_MAX / AE_REGION_BYTES)
+#define AE_PACK_DAMAGED UINT32_MAX
 
 struct ae_object;
 
@@ -31,6 +35,8 @@ struct ae_object_ops {
     int (*pread)(void *ctx, void *buffer, size_t length, uint64_t offset);
     /* As pread, but -EAGAIN when it would wait for a disk. NULL: always would. */
     int (*pread_nowait)(void *ctx, void *buffer, size_t length, uint64_t offset);
+    /* As pread, but -EIO where the object ends before. NULL: it takes a look at the size beside each read. */
+    int (*pread_within)(void *ctx, void *buffer, size_t length, uint64_t offset);
     int (*pwrite)(void *ctx, const void *buffer, size_t length, uint64_t offset);
     int (*punch)(void *ctx, uint64_t offset, uint64_t length);
     int (*truncate)(void *ctx, uint64_t size);
@@ -92,14 +98,87 @@ uint64_t ae_layer_parent_visible(const struct ae_layer *layer);
 bool ae_layer_recovered(const struct ae_layer *layer);
 /* Whether bits were set that are not durable yet. */
 bool ae_layer_dirty(const struct ae_layer *layer);
-/* Sectors whose bit is set; reads the whole bitmap, a page at a time. */
+/* Sectors whose bit is set; reads the whole bitmap, a page at a time. Of a sealed layer: those that are no hole. */
 int64_t ae_layer_count(struct ae_layer *layer);
+
+/* A pack: an immutable object that sealed layers read. What lies beyond `size` is -EIO, never zeros. Counted. */
+struct ae_pack;
+
+/* Takes over the object, and closes it when it fails. The opener has one reference, each region that names it one. */
+int ae_pack_open(struct ae_object object, uint64_t size, struct ae_pack **pack);
+void ae_pack_release(struct ae_pack *pack);
+
+/* The sectors [first, first + count) of a region lie one after the other from a byte offset of a pack on. */
+struct ae_extent {
+    uint16_t first;
+    uint16_t count;
+    uint32_t pack; /* among the region's packs; AE_PACK_DAMAGED: known to be damaged, a read of it is -EIO */
+    uint64_t offset;
+};
+
+/*
+ * Where the sectors of one region lie, or that the regions [first_region, end_region) are empty: then there are no
+ * extents. Extents come in order and do not overlap; between them there are zeros. All of it is copied; a reference is
+ * kept on each pack. -EINVAL: not so.
+ */
+struct ae_region;
+
+int ae_region_make(uint64_t first_region, uint64_t end_region, const struct ae_extent *extents, size_t count,
+                   struct ae_pack *const *packs, size_t pack_count, struct ae_region **region);
+/* For a resolver that made one and fails after all. */
+void ae_region_release(struct ae_region *region);
+
+/*
+ * Who knows where a region of a sealed layer lies. `resolve` makes the one that has `region` in it, which goes over to
+ * the caller; it may block, is called from any thread that reads, and must not call a volume of the engine.
+ */
+struct ae_resolver {
+    int (*resolve)(void *ctx, uint64_t region, struct ae_region **made);
+    void (*close)(void *ctx);
+    void *ctx;
+};
+
+/*
+ * The resolved regions of all sealed layers of a process: at most `bytes_max` bytes of them. A region takes 104
+ * bytes, 16 for each extent (those that continue each other in one pack are one) and 8 for each pack it names. A pack
+ * is let go of with the last region that names it. Regions in a reader's hands are kept beside that until he is done.
+ */
+struct ae_table;
+
+int ae_table_open(size_t bytes_max, struct ae_table **table);
+/* The opener has one reference, each sealed layer one. */
+void ae_table_release(struct ae_table *table);
+/* How many bytes the regions in it take now. */
+size_t ae_table_bytes(struct ae_table *table);
+/* Drop all of it: packs have gone, or damaged chunks have a good copy now. What is being resolved is not kept. */
+void ae_table_forget(struct ae_table *table);
+
+struct ae_table_statistics {
+    uint64_t bytes, regions;
+    uint64_t hits;
+    uint64_t misses; /* the resolver was asked, or somebody who was asking it was waited for */
+    uint64_t evictions;
+};
+
+void ae_table_statistics(struct ae_table *table, struct ae_table_statistics *statistics);
+
+/*
+ * A layer that was hashed: its bytes lie in packs. It has all that it shows, so it ends its chain; it does not change
+ * and is never dirty. Layers with the same id share what the table has of them. Takes over the resolver, and closes it
+ * when it fails.
+ *
+ * When reading a pack fails with -ENOENT, -ESTALE or -EIO, the region is resolved once more before the error counts:
+ * its chunks may lie in another pack by now.
+ */
+int ae_layer_open_sealed(const uint8_t id[16], struct ae_table *table, struct ae_resolver resolver,
+                         struct ae_layer **layer);
 
 struct ae_volume;
 
 /*
- * `layers[0]` is the head, each next one the parent of the one before. For a writable volume the head must have been
- * opened as one; whatever its data object holds beyond `size` is cut off, and its parent shows no further than that.
+ * `layers[0]` is the head, each next one the parent of the one before; only the last may be sealed. For a writable
+ * volume the head must have been opened as one; whatever its data object holds beyond `size` is cut off, and its parent
+ * shows no further than that.
  */
 int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable,
                    struct ae_volume **volume);
@@ -169,6 +248,21 @@ int ae_volume_shows(struct ae_volume *volume, const uint8_t layer[16], uint64_t 
 int ae_volume_head_is_clear(struct ae_volume *volume, uint64_t offset, uint64_t end);
 /* Control, while paused: show the parent as far as `size`, and be that large. Not smaller than the volume is. */
 int ae_volume_extend(struct ae_volume *volume, uint64_t size);
+/*
+ * Control. Have the sealed layer take the place of `layer` of its chain and of all below: it shows the same. Calls
+ * under way end on the old chain, and nobody waits; the old layers are let go of when the last of those calls is gone.
+ * -ENOENT: the volume has no such layer. -EBUSY: it is the head that is written to, or not all from there on is
+ * durable.
+ */
+int ae_volume_rebase(struct ae_volume *volume, const uint8_t layer[16], struct ae_layer *sealed);
+/*
+ * The next run of whole sectors [from, until) at or after `offset`, a multiple of the sector's size, that the volume
+ * does not show straight from the layer `base` of its chain: written, discarded or hidden above it. Without a base
+ * (NULL): that hold any data. `until` may lie beyond an `end` within a sector. -ENXIO: none before `end`. -ENOENT: the
+ * volume has no such layer.
+ */
+int ae_volume_next_change(struct ae_volume *volume, const uint8_t base[16], uint64_t offset, uint64_t end,
+                          uint64_t *from, uint64_t *until);
 /*
  * Have ae_sync believe that the volume's lock is ours as long as there is something at the path `present` and nothing
  * at `following`, and that `size` is recorded. Any thread; the last call counts.

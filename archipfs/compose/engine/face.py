@@ -6,16 +6,16 @@ gives the engine's object back only when the last one has left; to use it after 
 
 import errno
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from archipfs.blockers.contract import DataObject, VersionPaths
 from archipfs.compose._engine import ffi, lib
+from archipfs.compose.engine.extents import ExtentTable, Resolve, open_resolver
+from archipfs.compose.engine.handle import Handle
 from archipfs.compose.engine.objects import attempt, call, close_object, error_of, open_object
 from archipfs.errors import ArchipError, Fenced, InvalidInput, StoreError, TooLarge
 from archipfs.types import SIZE_BYTES_MAX
@@ -23,45 +23,6 @@ from archipfs.types import SIZE_BYTES_MAX
 Buffer = bytes | bytearray | memoryview
 
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
-
-
-class _Handle:
-    """An object of the engine, and how many threads are in a call with it."""
-
-    def __init__(self, pointer: Any, what: str) -> None:
-        self._pointer = pointer
-        self._what = what
-        self._closed = False
-        self._users = 0
-        self._changed = threading.Condition(threading.Lock())
-
-    def __enter__(self) -> Any:
-        with self._changed:
-            if self._closed:
-                raise ArchipError(f"{self._what} is closed; this is a bug, please report it")
-            self._users += 1
-            return self._pointer
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._changed:
-            self._users -= 1
-            if self._closed and self._users == 0:
-                self._changed.notify_all()
-
-    def close(self, release: Callable[[Any], None], hurry: Callable[[Any], None] | None = None) -> None:
-        """Let nobody in any more, ``hurry`` those inside, and ``release`` the object when they have left."""
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-        if hurry is not None:
-            hurry(self._pointer)
-        with self._changed:
-            self._changed.wait_for(lambda: self._users == 0)
-        release(self._pointer)
-        self._pointer = None
 
 
 def _id_bytes(text: str) -> bytes:
@@ -89,6 +50,9 @@ class EngineLayer:
 
     A volume goes on using its layers after they were closed here; the last user closes the objects.
     """
+
+    layer_id: str
+    _handle: Handle
 
     def __init__(
         self,
@@ -123,7 +87,25 @@ class EngineLayer:
             spec.bitmap = open_object(bitmap, owned=True)[0]
             unopened.pop_all()
         call(f"opening layer {layer_id}", lib.ae_layer_open, spec, opened)
-        self._handle = _Handle(ffi.gc(opened[0], _release), f"layer {layer_id}")
+        self._handle = Handle(ffi.gc(opened[0], _release), f"layer {layer_id}")
+
+    @classmethod
+    def sealed(cls, layer_id: str, table: ExtentTable, resolve: Resolve) -> "EngineLayer":
+        """A layer whose bytes lie in packs; it ends its chain, or is all of it.
+
+        ``resolve`` is called for a region that the table does not have, on the thread that reads, by one thread at a
+        time for the same region. What it raises, the call of the volume raises, with it as the cause; others who
+        waited for the same region get the error without the cause.
+        """
+        layer = cls.__new__(cls)
+        layer.layer_id = layer_id
+        opened = ffi.new("struct ae_layer **")
+        with table.handle as pointer:
+            identity = _id_bytes(layer_id)
+            resolver = open_resolver(resolve)
+            call(f"opening sealed layer {layer_id}", lib.ae_layer_open_sealed, identity, pointer, resolver, opened)
+        layer._handle = Handle(ffi.gc(opened[0], _release), f"layer {layer_id}")
+        return layer
 
     @property
     def live_size(self) -> int:
@@ -150,7 +132,10 @@ class EngineLayer:
             return int(lib.ae_layer_parent_visible(layer))
 
     def count_sectors(self) -> int:
-        """How many sectors were written or discarded in this layer; reads its whole bitmap."""
+        """How many sectors were written or discarded in this layer; reads its whole bitmap.
+
+        Of a sealed layer: how many are no holes; resolves all its regions.
+        """
         with self._handle as layer:
             return call(f"counting the sectors of layer {self.layer_id}", lib.ae_layer_count, layer)
 
@@ -197,7 +182,7 @@ class EngineVolume:
         with _pointers(layers) as pointers:
             doing = f"opening the volume with head {self._head_id}"
             call(doing, lib.ae_volume_open, pointers, len(layers), _checked(size), writable, opened)
-        self._handle = _Handle(ffi.gc(opened[0], _abandon), f"the volume with head {self._head_id}")
+        self._handle = Handle(ffi.gc(opened[0], _abandon), f"the volume with head {self._head_id}")
 
     # Bytes
 
@@ -308,6 +293,34 @@ class EngineVolume:
                 "going over to other layers", lib.ae_volume_replace, volume, pointers, len(layers), _checked(size)
             )
             self._head_id = layers[0].layer_id
+
+    def rebase(self, layer_id: str, sealed: EngineLayer) -> None:
+        """Have ``sealed`` take the place of that layer of its chain and of all below it: it shows the same.
+
+        Nobody waits: calls under way end on the old layers, which are let go of then. Raises ``ObjectMissing`` if it
+        has no such layer, ``StoreError`` if that is its head, or not all from there on is durable.
+        """
+        with self._handle as volume, sealed._handle as layer:
+            doing = f"going over to sealed layer {layer_id}"
+            self._change(doing, lib.ae_volume_rebase, volume, _id_bytes(layer_id), layer)
+
+    def next_change(self, base: str | None, offset: int, end: int) -> tuple[int, int] | None:
+        """The next run of whole sectors, as (from, until), that it does not show straight from the layer ``base``.
+
+        Those are written, discarded or hidden above it. Without a base: those that hold data. ``offset`` is a multiple
+        of the sector's size; ``until`` may lie beyond an ``end`` within a sector. ``None``: there is no more before
+        ``end``. Raises ``ObjectMissing`` if it has no such layer. Any thread may call it.
+        """
+        found = ffi.new("uint64_t [2]")
+        with self._handle as volume:
+            identity = _id_bytes(base) if base is not None else ffi.NULL
+            span = _checked(offset), _checked(end)
+            result, raised = attempt(lib.ae_volume_next_change, volume, identity, *span, found, found + 1)
+            if result == -errno.ENXIO:
+                return None
+            if result < 0:
+                raise error_of(-result, f"looking for changes since layer {base}") from raised
+            return int(found[0]), int(found[1])
 
     def shows_until(self, layer_id: str, offset: int, end: int) -> int | None:
         """How far from ``offset`` on it shows what that layer of its chain shows; ``None`` if it has no such layer."""

@@ -321,6 +321,8 @@ static int seek_in_run(const struct ae_run *run, bool data, uint64_t *found) {
             *found = run->offset;
         return 0;
     }
+    if (run->source->sealed != NULL)
+        return ae_sealed_seek(run->source->sealed, run->offset, *found, data, found);
     const struct ae_object *object = &run->source->data;
     uint64_t at;
     int result = data ? object->ops->next_data(object->ctx, run->offset, &at)
@@ -336,6 +338,26 @@ static int seek_in_run(const struct ae_run *run, bool data, uint64_t *found) {
     return result;
 }
 
+int ae_chain_seek(struct ae_layer *const *layers, size_t count, uint64_t offset, uint64_t end, bool data,
+                  uint64_t *found) {
+    bool hit = false;
+    while (!hit && offset < end) {
+        /* Windows end on a bitmap page's border, so that pages in a hole are passed over and not read. */
+        uint64_t window_end = (offset / SEEK_WINDOW_BYTES + 1) * SEEK_WINDOW_BYTES;
+        if (window_end > end)
+            window_end = end;
+        struct ae_run run;
+        int result = ae_run_at(layers, count, offset, window_end, false, &run);
+        if (result == 0)
+            result = seek_in_run(&run, data, &offset);
+        if (result < 0)
+            return result;
+        hit = offset < run.offset + run.length;
+    }
+    *found = offset;
+    return 0;
+}
+
 static int64_t seek_call(struct ae_volume *volume, uint64_t offset, bool data) {
     struct ae_stack *stack;
     int result = ae_call_begin(volume, AE_CALL_READ, &stack);
@@ -344,19 +366,9 @@ static int64_t seek_call(struct ae_volume *volume, uint64_t offset, bool data) {
     uint64_t size = atomic_load(&volume->size);
     if (offset >= size)
         result = -ENXIO;
-    bool hit = false;
-    while (result == 0 && !hit && offset < size) {
-        /* Windows end on a bitmap page's border, so that pages in a hole are passed over and not read. */
-        uint64_t end = (offset / SEEK_WINDOW_BYTES + 1) * SEEK_WINDOW_BYTES;
-        if (end > size)
-            end = size;
-        struct ae_run run;
-        result = ae_run_at(stack->layers, stack->count, offset, end, false, &run);
-        if (result == 0)
-            result = seek_in_run(&run, data, &offset);
-        hit = offset < run.offset + run.length;
-    }
-    if (result == 0 && data && !hit)
+    if (result == 0)
+        result = ae_chain_seek(stack->layers, stack->count, offset, size, data, &offset);
+    if (result == 0 && data && offset >= size)
         result = -ENXIO;
     ae_call_end(volume, stack, &(struct ae_outcome){0});
     return result < 0 ? result : (int64_t)offset;

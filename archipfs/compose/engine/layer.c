@@ -208,29 +208,45 @@ static int bitmap_open(struct ae_layer *layer) {
 static void layer_free(struct ae_layer *layer) {
     layer_unmap(layer);
     free(layer->live_path);
-    layer->data.ops->close(layer->data.ctx);
-    layer->bitmap.ops->close(layer->bitmap.ctx);
+    if (layer->sealed != NULL) {
+        ae_sealed_close(layer->sealed);
+    } else {
+        layer->data.ops->close(layer->data.ctx);
+        layer->bitmap.ops->close(layer->bitmap.ctx);
+    }
     pthread_mutex_destroy(&layer->load_lock);
     pthread_mutex_destroy(&layer->flush_lock);
     free(layer);
 }
 
-int ae_layer_open(const struct ae_layer_spec *spec, struct ae_layer **opened) {
+static struct ae_layer *layer_make(const uint8_t id[16]) {
     struct ae_layer *layer = calloc(1, sizeof *layer);
-    if (layer == NULL || pthread_mutex_init(&layer->load_lock, NULL) != 0 ||
-        pthread_mutex_init(&layer->flush_lock, NULL) != 0) {
-        free(layer);
+    if (layer == NULL)
+        return NULL;
+    if (pthread_mutex_init(&layer->load_lock, NULL) == 0) {
+        if (pthread_mutex_init(&layer->flush_lock, NULL) == 0) {
+            atomic_init(&layer->references, 1);
+            memcpy(layer->id, id, sizeof layer->id);
+            layer->live_fd = -1;
+            return layer;
+        }
+        pthread_mutex_destroy(&layer->load_lock);
+    }
+    free(layer);
+    return NULL;
+}
+
+int ae_layer_open(const struct ae_layer_spec *spec, struct ae_layer **opened) {
+    struct ae_layer *layer = layer_make(spec->id);
+    if (layer == NULL) {
         spec->data.ops->close(spec->data.ctx);
         spec->bitmap.ops->close(spec->bitmap.ctx);
         return -ENOMEM;
     }
-    atomic_init(&layer->references, 1);
-    memcpy(layer->id, spec->id, sizeof layer->id);
     layer->data = spec->data;
     layer->bitmap = spec->bitmap;
     atomic_init(&layer->parent_visible, spec->parent_visible);
     layer->head = spec->head;
-    layer->live_fd = -1;
 
     int result = bitmap_open(layer);
     if (result == 0)
@@ -241,6 +257,24 @@ int ae_layer_open(const struct ae_layer_spec *spec, struct ae_layer **opened) {
     }
     atomic_init(&layer->frozen, !spec->head);
     atomic_init(&layer->settled, !spec->head && !layer->recovered);
+    *opened = layer;
+    return 0;
+}
+
+int ae_layer_open_sealed(const uint8_t id[16], struct ae_table *table, struct ae_resolver resolver,
+                         struct ae_layer **opened) {
+    struct ae_sealed *sealed;
+    int result = ae_sealed_open(id, table, resolver, &sealed);
+    if (result < 0)
+        return result;
+    struct ae_layer *layer = layer_make(id);
+    if (layer == NULL) {
+        ae_sealed_close(sealed);
+        return -ENOMEM;
+    }
+    layer->sealed = sealed;
+    atomic_init(&layer->frozen, true);
+    atomic_init(&layer->settled, true);
     *opened = layer;
     return 0;
 }
@@ -424,6 +458,8 @@ void ae_layer_set(struct ae_layer *layer, uint64_t first, uint64_t end) {
 
 /* A count read straight from the object leaves the page unloaded: it is asked for whole volumes, once. */
 int64_t ae_layer_count(struct ae_layer *layer) {
+    if (layer->sealed != NULL)
+        return ae_sealed_count(layer->sealed);
     uint64_t *copy = malloc(AE_PAGE_BYTES);
     if (copy == NULL)
         return -ENOMEM;

@@ -7,11 +7,15 @@
  *
  * Who sets a bit has written the data before. Who makes a bit durable has copied it before flushing the data, so it
  * takes along no bit whose data came later.
+ *
+ * A sealed layer has neither object nor bits: all its bits read as clear. Whoever goes through a chain asks it last,
+ * for all that is left (plan.c).
  */
 #ifndef ARCHIPFS_ENGINE_LAYER_H
 #define ARCHIPFS_ENGINE_LAYER_H
 
 #include "bitmap.h"
+#include "sealed.h"
 
 #include <pthread.h>
 
@@ -27,6 +31,7 @@ enum ae_page_state {
 struct ae_layer {
     atomic_uint references;
     uint8_t id[16];
+    struct ae_sealed *sealed; /* NULL: it has the two objects */
     struct ae_object data;
     struct ae_object bitmap;
     _Atomic uint64_t parent_visible;

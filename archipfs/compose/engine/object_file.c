@@ -25,9 +25,12 @@ struct file {
     int fd;
 };
 
+enum read_mode { READ_PADDED, READ_WITHIN, READ_NOWAIT };
+
 static int file_fd(void *ctx) { return ((struct file *)ctx)->fd; }
 
-static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, int flags) {
+static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, enum read_mode mode) {
+    int flags = mode == READ_NOWAIT ? RWF_NOWAIT : 0;
     char *to = buffer;
     while (length > 0) {
         struct iovec piece = {.iov_base = to, .iov_len = length};
@@ -37,8 +40,10 @@ static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, in
         if (got < 0)
             return -errno;
         /* Some kernels (5.9, 5.10) say so of a read that would have to wait, not only at the end. */
-        if (got == 0 && flags & RWF_NOWAIT)
+        if (got == 0 && mode == READ_NOWAIT)
             return -EAGAIN;
+        if (got == 0 && mode == READ_WITHIN)
+            return -EIO;
         if (got == 0) {
             memset(to, 0, length);
             return 0;
@@ -51,11 +56,15 @@ static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, in
 }
 
 static int file_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return file_read(ctx, buffer, length, offset, 0);
+    return file_read(ctx, buffer, length, offset, READ_PADDED);
+}
+
+static int file_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    return file_read(ctx, buffer, length, offset, READ_WITHIN);
 }
 
 static int file_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    int result = file_read(ctx, buffer, length, offset, RWF_NOWAIT);
+    int result = file_read(ctx, buffer, length, offset, READ_NOWAIT);
     return result == -EOPNOTSUPP ? -EAGAIN : result;
 }
 
@@ -177,6 +186,7 @@ static void file_close(void *ctx) {
 static const struct ae_object_ops file_ops = {
     .pread = file_pread,
     .pread_nowait = file_pread_nowait,
+    .pread_within = file_pread_within,
     .pwrite = file_pwrite,
     .punch = file_punch,
     .truncate = file_truncate,

@@ -115,15 +115,23 @@ def _adapter_of(context: Any) -> _Adapter:
 
 
 def _run(context: Any, action: Callable[[DataObject], int]) -> int:
-    """Do it, and turn what it raises into an errno. The first error counts, unless a later one is no ``Exception``."""
+    """Do it, and turn what it raises into an errno."""
     try:
         return action(_adapter_of(context).data_object)
     except BaseException as error:
-        if not _state.in_call:
-            log.exception("a data object failed where no caller can be told")
-        elif _state.raised is None or (isinstance(_state.raised, Exception) and not isinstance(error, Exception)):
-            _state.raised = error
-        return -errno_of(error)
+        return keep(error, "a data object")
+
+
+def keep(error: BaseException, what: str) -> int:
+    """What a callback returns for what it raised: the errno. The error itself is kept for :func:`attempt`.
+
+    The first one of a call counts, unless a later one is no ``Exception``.
+    """
+    if not _state.in_call:
+        log.error("a callback failed where no caller can be told", what=what, exc_info=error)
+    elif _state.raised is None or (isinstance(_state.raised, Exception) and not isinstance(error, Exception)):
+        _state.raised = error
+    return -errno_of(error)
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]

@@ -22,7 +22,10 @@ bool ae_piece_next(struct ae_range *rest, struct ae_piece *piece) {
 int ae_run_at(struct ae_layer *const *layers, size_t count, uint64_t offset, uint64_t end, bool nowait,
               struct ae_run *run) {
     *run = (struct ae_run){.offset = offset};
-    for (size_t i = 0; i < count; i++) {
+    struct ae_layer *last = layers[count - 1];
+    size_t unsealed = count - (last->sealed != NULL);
+    size_t i = 0;
+    for (; i < unsealed; i++) {
         bool set;
         uint64_t until;
         int result = ae_layer_run(layers[i], ae_sector_floor(offset), ae_sector_ceil(end), nowait, &set, &until);
@@ -40,8 +43,20 @@ int ae_run_at(struct ae_layer *const *layers, size_t count, uint64_t offset, uin
         if (visible < end)
             end = visible;
     }
+    if (i < count && i == unsealed)
+        run->source = last;
     run->length = end - offset;
     return 0;
+}
+
+int ae_run_read(const struct ae_run *run, void *buffer, size_t length, bool nowait) {
+    const struct ae_layer *layer = run->source;
+    if (layer->sealed != NULL)
+        return ae_sealed_read(layer->sealed, buffer, length, run->offset, nowait);
+    const struct ae_object *data = &layer->data;
+    if (!nowait)
+        return data->ops->pread(data->ctx, buffer, length, run->offset);
+    return data->ops->pread_nowait != NULL ? data->ops->pread_nowait(data->ctx, buffer, length, run->offset) : -EAGAIN;
 }
 
 int ae_chain_read(struct ae_layer *const *layers, size_t count, void *buffer, size_t length, uint64_t offset,
@@ -53,19 +68,12 @@ int ae_chain_read(struct ae_layer *const *layers, size_t count, void *buffer, si
         int result = ae_run_at(layers, count, offset, end, nowait, &run);
         if (result < 0)
             return result;
-        if (run.source == NULL) {
+        if (run.source == NULL)
             memset(to, 0, run.length);
-        } else {
-            const struct ae_object *data = &run.source->data;
-            if (!nowait)
-                result = data->ops->pread(data->ctx, to, run.length, offset);
-            else if (data->ops->pread_nowait != NULL)
-                result = data->ops->pread_nowait(data->ctx, to, run.length, offset);
-            else
-                result = -EAGAIN;
-            if (result < 0)
-                return result;
-        }
+        else
+            result = ae_run_read(&run, to, run.length, nowait);
+        if (result < 0)
+            return result;
         to += run.length;
         offset += run.length;
     }

@@ -23,7 +23,10 @@ struct ae_range {
 /* Take the next piece off the range: at most a partial head, a body of whole sectors, a partial tail. */
 bool ae_piece_next(struct ae_range *rest, struct ae_piece *piece);
 
-/* Bytes that lie in one layer's data object, or nowhere (NULL): those are zeros. */
+/*
+ * Bytes that lie in one layer's data object, or nowhere (NULL): those are zeros. A sealed layer is the source of all
+ * that it is asked for, holes too.
+ */
 struct ae_run {
     uint64_t offset;
     uint64_t length;
@@ -34,6 +37,9 @@ struct ae_run {
  */
 int ae_run_at(struct ae_layer *const *layers, size_t count, uint64_t offset, uint64_t end, bool nowait,
               struct ae_run *run);
+
+/* Fill the buffer from the beginning of a run that has a source. */
+int ae_run_read(const struct ae_run *run, void *buffer, size_t length, bool nowait);
 
 /* Fill the buffer from a chain, one call to a data object a run. */
 int ae_chain_read(struct ae_layer *const *layers, size_t count, void *buffer, size_t length, uint64_t offset,

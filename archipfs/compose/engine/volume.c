@@ -6,11 +6,15 @@
  * once. Only a call that completes a sector from the parent waits for the old calls: one of them may be writing to that
  * very sector of the parent.
  *
+ * A rebase puts a stack in place as well, and waits for nobody: both stacks show the same and have the same head. The
+ * calls on the old one linger. Whoever waits until nobody is inside, or writes to a head, waits for these too; so there
+ * is never one that lingers on another head than the present one, save while a swap waits for it.
+ *
  * Locks, in the order they are taken; each is released before a call waits for a disk, save where said:
  *   1. a range (range_lock.h), held across the I/O of the call that needs it
  *   2. a layer's flush_lock, held across its flush
  *   3. a layer's load_lock, held while a bitmap page is read
- *   4. the volume's gate
+ *   4. the volume's gate, or a stripe of the table of regions (table.c)
  * The wait for a predecessor and the wait at the gate are taken with none of them held.
  *
  * Nobody waits at the gate of a volume who is inside the gate of another: a copy goes in at its target's only, and
@@ -41,8 +45,9 @@ static void announce_change(struct ae_volume *volume) {
 
 /* Stacks */
 
-static struct ae_stack *stack_make(struct ae_layer *top, struct ae_layer *const *rest, size_t rest_count) {
-    size_t count = rest_count + (top != NULL);
+static struct ae_stack *stack_make(struct ae_layer *top, struct ae_layer *const *rest, size_t rest_count,
+                                   struct ae_layer *bottom) {
+    size_t count = rest_count + (top != NULL) + (bottom != NULL);
     struct ae_stack *stack = calloc(1, sizeof *stack + count * sizeof stack->layers[0]);
     if (stack == NULL)
         return NULL;
@@ -51,6 +56,8 @@ static struct ae_stack *stack_make(struct ae_layer *top, struct ae_layer *const 
         stack->layers[stack->count++] = top;
     for (size_t i = 0; i < rest_count; i++)
         stack->layers[stack->count++] = rest[i];
+    if (bottom != NULL)
+        stack->layers[stack->count++] = bottom;
     for (size_t i = 0; i < count; i++)
         ae_layer_retain(stack->layers[i]);
     return stack;
@@ -133,7 +140,7 @@ void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct 
         note_change(volume);
     pthread_mutex_lock(&volume->gate);
     count_outcome(&volume->counts, outcome);
-    if (stack == volume->draining && outcome->written_end > volume->draining_size)
+    if ((stack == volume->draining || stack->lingering) && outcome->written_end > volume->draining_size)
         volume->draining_size = outcome->written_end;
     if (outcome->written_end > atomic_load(&volume->size)) {
         /* Remembered by the present head, even if this call wrote to the one before. */
@@ -141,6 +148,7 @@ void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct 
         ae_layer_remember_size(volume->current->layers[0], outcome->written_end);
     }
     volume->inside--;
+    volume->lingering -= stack->lingering;
     bool last = --stack->calls == 0;
     bool unused = last && stack->holds == 0;
     if (last || volume->inside == 0)
@@ -152,7 +160,7 @@ void ae_call_end(struct ae_volume *volume, struct ae_stack *stack, const struct 
 
 void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *stack) {
     pthread_mutex_lock(&volume->gate);
-    while (volume->draining != NULL && volume->draining != stack)
+    while (volume->draining != NULL && volume->draining != stack && !stack->lingering)
         wait_for_change(volume);
     pthread_mutex_unlock(&volume->gate);
 }
@@ -205,6 +213,9 @@ static void hide_parent(struct ae_layer *head, uint64_t size) {
 static int check_chain(struct ae_layer *const *layers, size_t count, uint64_t size, bool writable) {
     if (count == 0 || count > AE_LAYERS_MAX || (writable && (!layers[0]->head || atomic_load(&layers[0]->frozen))))
         return -EINVAL;
+    for (size_t i = 0; i + 1 < count; i++)
+        if (layers[i]->sealed != NULL)
+            return -EINVAL;
     return size > AE_SIZE_MAX ? -EFBIG : 0;
 }
 
@@ -219,7 +230,7 @@ int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, 
             return result;
     }
     struct ae_volume *volume = calloc(1, sizeof *volume);
-    struct ae_stack *stack = stack_make(NULL, layers, count);
+    struct ae_stack *stack = stack_make(NULL, layers, count, NULL);
     if (volume == NULL || stack == NULL || volume_init_locks(volume) < 0) {
         if (stack != NULL)
             stack_free(stack);
@@ -268,7 +279,7 @@ int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
         return -atomic_load(&volume->failed);
     if (old->count >= AE_LAYERS_MAX)
         return -EMLINK;
-    struct ae_stack *fresh = stack_make(head, old->layers, old->count);
+    struct ae_stack *fresh = stack_make(head, old->layers, old->count, NULL);
     if (fresh == NULL)
         return -ENOMEM;
     uint64_t visible = atomic_load(&head->parent_visible);
@@ -280,7 +291,7 @@ int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
     volume->current = fresh;
     volume->draining = old;
     volume->draining_size = atomic_load(&volume->size);
-    while (old->calls > 0)
+    while (old->calls > 0 || volume->lingering > 0)
         wait_for_change(volume);
     volume->draining = NULL;
     uint64_t size = volume->draining_size;
@@ -297,7 +308,7 @@ int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
 void ae_volume_pause(struct ae_volume *volume) {
     pthread_mutex_lock(&volume->gate);
     volume->paused = true;
-    while (volume->current->calls > 0)
+    while (volume->current->calls > 0 || volume->lingering > 0)
         wait_for_change(volume);
     pthread_mutex_unlock(&volume->gate);
 }
@@ -317,7 +328,7 @@ int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, 
         result = cut_data(layers[0], size);
     if (result < 0)
         return result;
-    struct ae_stack *fresh = stack_make(NULL, layers, count);
+    struct ae_stack *fresh = stack_make(NULL, layers, count, NULL);
     if (fresh == NULL)
         return -ENOMEM;
     hide_parent(layers[0], size);
@@ -333,6 +344,35 @@ int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, 
     for (size_t i = 0; i < old->count; i++)
         ae_layer_drop_live(old->layers[i]);
     pthread_mutex_lock(&volume->gate);
+    bool unused = stack_unhold(old);
+    pthread_mutex_unlock(&volume->gate);
+    if (unused)
+        stack_free(old);
+    return 0;
+}
+
+int ae_volume_rebase(struct ae_volume *volume, const uint8_t layer[16], struct ae_layer *sealed) {
+    if (sealed->sealed == NULL)
+        return -EINVAL;
+    struct ae_stack *old = volume->current;
+    size_t at = 0;
+    while (at < old->count && memcmp(old->layers[at]->id, layer, 16) != 0)
+        at++;
+    if (at == old->count)
+        return -ENOENT;
+    if (volume->writable && at == 0)
+        return -EBUSY;
+    for (size_t i = at; i < old->count; i++)
+        if (!atomic_load(&old->layers[i]->settled))
+            return -EBUSY;
+    struct ae_stack *fresh = stack_make(NULL, old->layers, at, sealed);
+    if (fresh == NULL)
+        return -ENOMEM;
+
+    pthread_mutex_lock(&volume->gate);
+    volume->current = fresh;
+    old->lingering = true;
+    volume->lingering += old->calls;
     bool unused = stack_unhold(old);
     pthread_mutex_unlock(&volume->gate);
     if (unused)

@@ -8,6 +8,7 @@
 /* The chain as it was when a call began. It never changes; a swap makes another one. */
 struct ae_stack {
     uint64_t calls; /* inside the gate */
+    bool lingering; /* a rebase took its place: its calls write to the head that the present one has too */
     uint64_t holds; /* the volume itself, and flushes and the source's side of copies, which stay outside the gate */
     size_t count;
     struct ae_layer *layers[];
@@ -28,7 +29,8 @@ struct ae_volume {
     bool paused;
     struct ae_stack *current;
     struct ae_stack *draining; /* a swap waits for its last calls */
-    uint64_t draining_size;    /* of the volume, as far as the calls on that stack made it */
+    uint64_t draining_size;    /* of the volume, as far as the calls on that head made it */
+    uint64_t lingering;        /* calls on stacks that a rebase took the place of */
     struct ae_statistics counts;
     struct ae_guard guard;
 
@@ -61,6 +63,9 @@ void ae_call_await_predecessor(struct ae_volume *volume, const struct ae_stack *
 struct ae_stack *ae_stack_hold(struct ae_volume *volume);
 void ae_stack_unhold(struct ae_volume *volume, struct ae_stack *stack);
 
+/* The first data (hole) of a chain at or after `offset`; `end` if there is none before. */
+int ae_chain_seek(struct ae_layer *const *layers, size_t count, uint64_t offset, uint64_t end, bool data,
+                  uint64_t *found);
 /* Make the range read as zeros, like ae_discard, but beyond the end too: the volume becomes larger. */
 int ae_clear(struct ae_volume *volume, uint64_t offset, uint64_t length);
 /* Whole sectors out of another object, like ae_write; -EOPNOTSUPP where the objects cannot do that by themselves. */
