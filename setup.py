@@ -1,4 +1,4 @@
-"""Only what setup.cfg cannot say: the C engine and the C front are built by cffi."""
+"""Only what setup.cfg cannot say: the C engine, the C front and the C chunker are built by cffi."""
 
 from setuptools import setup
 
@@ -6,5 +6,6 @@ setup(
     cffi_modules=[
         "archipfs/compose/engine/build_ffi.py:ffibuilder",
         "archipfs/endpoints/fuse/front/build_ffi.py:ffibuilder",
+        "archipfs/map/chunker/build_ffi.py:ffibuilder",
     ]
 )

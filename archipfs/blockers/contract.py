@@ -26,7 +26,7 @@ knows all three.) ``Conflict``, ``AlreadyExists``, ``ObjectMissing`` and ``Inval
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from archipfs.errors import InvalidInput
@@ -135,12 +135,23 @@ class Blocker(ABC):
     # Immutable objects
 
     @abstractmethod
-    def put(self, key: str, data: bytes) -> None:
-        """Store an immutable object: durable, and visible whole or not at all. Putting the same again succeeds."""
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
+        """Store an immutable object: durable, and visible whole or not at all. Putting the same again succeeds.
+
+        Several pieces are stored one behind the other, so that nobody needs a second copy to join them.
+        """
 
     @abstractmethod
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         """A range of it in bytes (to its end for ``None``); less than ``length`` where it ends before."""
+
+    @abstractmethod
+    def open(self, key: str) -> DataObject:
+        """Open one for reading, at once or piece by piece. Raises ``ObjectMissing``.
+
+        Changing it is a ``StoreError``. When it is deleted, those who have it open go on reading it or get
+        ``ObjectMissing``, never other bytes.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -153,6 +164,11 @@ class Blocker(ABC):
     @abstractmethod
     def list(self, kind: str) -> Iterator[str]:
         """Keys of all immutable objects of a kind, in no order. What comes or goes meanwhile may be in it or not."""
+
+    @property
+    @abstractmethod
+    def pack_bytes(self) -> int:
+        """How large an immutable object should be that may be of any size: the driver's wish, not a bound."""
 
     # Data objects
 

@@ -19,7 +19,7 @@ runs under one lock per wrapper: the order of calls is the order of numbers, and
 import enum
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import TypeVar
@@ -191,11 +191,14 @@ class FaultBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         self.call(f"put {key}", lambda: self._inner.put(key, data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         return self.ask(f"get {key}", lambda: self._inner.get(key, offset, length))
+
+    def open(self, key: str) -> DataObject:
+        return _FaultDataObject(self, key, self.ask(f"open {key}", lambda: self._inner.open(key)))
 
     def exists(self, key: str) -> bool:
         return self.ask(f"exists {key}", lambda: self._inner.exists(key))
@@ -205,6 +208,10 @@ class FaultBlocker(Blocker):
 
     def list(self, kind: str) -> Iterator[str]:
         yield from self.ask(f"list {kind}", lambda: tuple(self._inner.list(kind)))
+
+    @property
+    def pack_bytes(self) -> int:
+        return self._inner.pack_bytes
 
     # Data objects
 

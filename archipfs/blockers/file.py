@@ -87,7 +87,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -126,8 +126,10 @@ _INTENT = "w"
 _VERSION_DIGITS = 20
 
 RESERVE_BYTES = 1 << 20
+PACK_BYTES = 64 << 20
 _TMP_AGE_MAX_S = 24 * 3600
 _READ_BYTES = 64 << 10
+_PIECES_MAX = os.sysconf("SC_IOV_MAX")
 _ZEROS = bytes(1 << 20)
 
 # A step that was overtaken is begun again at once, and after some tries with a pause: more than this is no bad luck.
@@ -459,14 +461,14 @@ class FileBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         directory, path = self._object_path(key)
         with _errors_as(f"storing {path}"):
             self._ensure_directory(directory)
             if not _is_there(path):
                 tmp = self._tmp_path()
                 try:
-                    _write_file(tmp, data)
+                    _write_file(tmp, *([data] if isinstance(data, bytes) else data))
                     with suppress(FileExistsError):
                         os.link(tmp, path)
                 finally:
@@ -494,6 +496,11 @@ class FileBlocker(Blocker):
                 os.close(fd)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def open(self, key: str) -> DataObject:
+        _, path = self._object_path(key)
+        with _errors_as(f"opening {path}"):
+            return FileDataObject(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
+
     def exists(self, key: str) -> bool:
         _, path = self._object_path(key)
         with _errors_as(f"looking for {path}"):
@@ -505,6 +512,7 @@ class FileBlocker(Blocker):
     def delete(self, key: str) -> None:
         directory, path = self._object_path(key)
         self._remove_file(directory, path)
+        self._keep_reserve()
 
     def list(self, kind: str) -> Iterator[str]:
         check_kind(kind)
@@ -529,6 +537,10 @@ class FileBlocker(Blocker):
                 _sync_directory(directory)
             except FileNotFoundError:
                 self._check_there()
+
+    @property
+    def pack_bytes(self) -> int:
+        return PACK_BYTES
 
     # Data objects
 
@@ -840,17 +852,23 @@ def _unlink_if_there(path: str) -> None:
         os.unlink(path)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def _write_all(fd: int, *pieces: bytes) -> None:
+    for first in range(0, len(pieces), _PIECES_MAX):
+        batch = pieces[first : first + _PIECES_MAX]
+        written = os.writev(fd, batch) if len(batch) > 1 else 0
+        for piece in batch:
+            # What is left where a write came short.
+            view = memoryview(piece)[written:]
+            written = max(0, written - len(piece))
+            while view:
+                view = view[os.write(fd, view) :]
 
 
-def _write_file(path: str, data: bytes) -> None:
+def _write_file(path: str, *pieces: bytes) -> None:
     """A new file, synced; its name is not."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(fd, data)
+        _write_all(fd, *pieces)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -5,7 +5,7 @@ Everything is durable for as long as the :class:`MemoryBlocker` lives; ``fault``
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -13,6 +13,7 @@ from archipfs.blockers.contract import Blocker, DataObject, Record, Space, check
 from archipfs.errors import AlreadyExists, Conflict, ObjectMissing, StoreError, TooLarge
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 
+PACK_BYTES = 64 << 20
 _ZERO_SECTOR = bytes(SECTOR_BYTES)
 
 
@@ -163,7 +164,8 @@ class MemoryDataObject(DataObject):
 class MemoryBlocker(Blocker):
     """An empty store."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pack_bytes: int = PACK_BYTES) -> None:
+        self._pack_bytes = pack_bytes
         self._lock = Lock()
         self._objects: dict[str, bytes] = {}
         self._data: dict[str, _Sparse] = {}
@@ -172,10 +174,10 @@ class MemoryBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         check_key(key)
         with self._lock:
-            self._objects.setdefault(key, bytes(data))
+            self._objects.setdefault(key, data if isinstance(data, bytes) else b"".join(data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         check_key(key)
@@ -185,6 +187,11 @@ class MemoryBlocker(Blocker):
         if data is None:
             raise ObjectMissing(f"reading {key}: no such object; check the store with `archip check`")
         return data[offset:] if length is None else data[offset : offset + length]
+
+    def open(self, key: str) -> DataObject:
+        content = _Sparse()
+        MemoryDataObject(content, key, writable=True).pwrite(0, self.get(key))
+        return MemoryDataObject(content, key, writable=False)
 
     def exists(self, key: str) -> bool:
         check_key(key)
@@ -200,6 +207,10 @@ class MemoryBlocker(Blocker):
         with self._lock:
             keys = tuple(key for key in self._objects if key.startswith(f"{kind}/"))
         yield from keys
+
+    @property
+    def pack_bytes(self) -> int:
+        return self._pack_bytes
 
     # Data objects
 

@@ -17,7 +17,7 @@ more than that (``delete_record`` does not: deleting what is gone succeeds):
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,11 +68,14 @@ class RetryBlocker(Blocker):
 
     # Immutable objects
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
         self._policy.run(lambda _: self._inner.put(key, data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         return self._policy.run(lambda _: self._inner.get(key, offset, length))
+
+    def open(self, key: str) -> DataObject:
+        return _RetryDataObject(self._policy.run(lambda _: self._inner.open(key)), self._policy)
 
     def exists(self, key: str) -> bool:
         return self._policy.run(lambda _: self._inner.exists(key))
@@ -83,6 +86,10 @@ class RetryBlocker(Blocker):
     def list(self, kind: str) -> Iterator[str]:
         # Whole or not at all: going on in the middle could leave out or repeat.
         yield from self._policy.run(lambda _: tuple(self._inner.list(kind)))
+
+    @property
+    def pack_bytes(self) -> int:
+        return self._inner.pack_bytes
 
     # Data objects
 

@@ -114,6 +114,7 @@ class Conformance:
         calls: list[Callable[[], object]] = [
             lambda: blocker.put(key, b""),
             lambda: blocker.get(key),
+            lambda: blocker.open(key),
             lambda: blocker.exists(key),
             lambda: blocker.delete(key),
             lambda: blocker.create_data(key),
@@ -157,6 +158,14 @@ class Conformance:
             assert reader.get("pack/a-1.b", 200_000) == b""
             assert reader.get("pack/a-1.b", 5, 0) == b""
 
+    def test_object_in_pieces(self, blocker: Blocker) -> None:
+        pieces = [random.Random(number).randbytes(number % 7) for number in range(5000)]
+        pieces[1] = random.Random(1).randbytes(300_000)
+        blocker.put("pack/a", pieces)
+        assert blocker.get("pack/a") == b"".join(pieces)
+        blocker.put("pack/b", [])
+        assert blocker.get("pack/b") == b""
+
     def test_empty_object(self, blocker: Blocker) -> None:
         blocker.put("pack/a", b"")
         assert blocker.exists("pack/a")
@@ -197,6 +206,66 @@ class Conformance:
         blocker.delete("pack/a")
         assert not store.open().exists("pack/a")
         assert list(store.open().list("pack")) == ["pack/b"]
+
+    def test_open_object_reads_ranges(self, blocker: Blocker) -> None:
+        content = random.Random(2).randbytes(100_000)
+        blocker.put("pack/a", content)
+        data = blocker.open("pack/a")
+        try:
+            assert data.size() == 100_000
+            assert data.pread(0, 100_000) == content
+            assert data.pread(4_097, 50_000) == content[4_097:54_097]
+            assert data.pread(99_990, 20) == content[99_990:] + bytes(10)
+            assert data.pread(200_000, 3) == bytes(3)
+            assert data.pread(5, 0) == b""
+            with pytest.raises(InvalidInput):
+                data.pread(-1, 1)
+            fd = data.fileno()
+            if fd is not None:
+                assert os.pread(fd, 200_000, 0) == content
+        finally:
+            data.close()
+        assert data.fileno() is None
+        with pytest.raises(StoreError):
+            data.pread(0, 1)
+
+    def test_open_object_that_is_empty(self, blocker: Blocker) -> None:
+        blocker.put("pack/a", b"")
+        data = blocker.open("pack/a")
+        assert data.size() == 0
+        assert data.pread(0, 2) == bytes(2)
+        data.close()
+
+    def test_open_object_never_changes(self, blocker: Blocker) -> None:
+        blocker.put("pack/a", b"abc")
+        data = blocker.open("pack/a")
+        for change in (lambda: data.pwrite(0, b"x"), lambda: data.truncate(0), lambda: data.punch(0, 2)):
+            with pytest.raises(StoreError):
+                change()
+        assert data.pread(0, 3) == b"abc"
+        assert blocker.get("pack/a") == b"abc"
+        data.close()
+
+    def test_open_object_that_is_missing(self, blocker: Blocker) -> None:
+        blocker.create_data("pack/a").close()
+        with pytest.raises(ObjectMissing):
+            blocker.open("pack/a")
+
+    def test_open_object_that_is_deleted_is_what_it_was_or_missing(self, blocker: Blocker) -> None:
+        content = b"abc" * 5_000
+        blocker.put("pack/a", content)
+        data = blocker.open("pack/a")
+        blocker.delete("pack/a")
+        try:
+            assert data.pread(0, 15_000) == content
+        except ObjectMissing:
+            assert not blocker.exists("pack/a")
+        with pytest.raises(ObjectMissing):
+            blocker.open("pack/a")
+        data.close()
+
+    def test_pack_bytes_is_a_size(self, blocker: Blocker) -> None:
+        assert blocker.pack_bytes >= SECTOR_BYTES
 
     def test_list_objects(self, blocker: Blocker) -> None:
         keys = {f"pack/{number:x}" for number in range(300)}

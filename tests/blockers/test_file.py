@@ -30,7 +30,7 @@ from archipfs.errors import (
 )
 from tests.blockers.conformance import Conformance, History, Store, check_churn, churn, stands
 
-CHANGES = ("open", "write", "fsync", "link", "rename", "unlink", "rmdir", "mkdir")
+CHANGES = ("open", "write", "writev", "fsync", "link", "rename", "unlink", "rmdir", "mkdir")
 """The system calls between which a crash makes a difference; ``open`` also where it only reads."""
 
 
@@ -195,6 +195,16 @@ def test_short_writes_and_reads_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 4), offset))
     data.pwrite(1, b"abcdefghij")
     assert data.pread(0, 13) == b"\0abcdefghij\0\0"
+
+
+def test_short_writes_of_pieces_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = FileBlocker.create(tmp_path)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, view: write(fd, bytes(view)[:2]))
+    for short in range(12):
+        monkeypatch.setattr(os, "writev", lambda fd, pieces, short=short: write(fd, b"".join(pieces)[:short]))
+        blocker.put(f"pack/{short}", [b"abc", b"", b"defg", b"hij"])
+        assert blocker.get(f"pack/{short}") == b"abcdefghij"
 
 
 def test_punch_gives_space_back(tmp_path: Path) -> None:
@@ -499,7 +509,8 @@ def test_crash_of_delete_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert crashes > 20
 
 
-def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [b"whole", [b"wh", b"", b"ole"]], ids=["one", "pieces"])
+def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes | list[bytes]) -> None:
     def check(blocker: Blocker, _: int, crashed: bool) -> None:
         assert crashed or blocker.exists("pack/a")
         if blocker.exists("pack/a"):
@@ -510,7 +521,7 @@ def test_crash_of_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         blocker.delete("pack/a")
         assert not blocker.exists("pack/a")
 
-    assert enumerate_crashes(tmp_path, monkeypatch, lambda _: 0, lambda b, _: b.put("pack/a", b"whole"), check) > 10
+    assert enumerate_crashes(tmp_path, monkeypatch, lambda _: 0, lambda b, _: b.put("pack/a", whole), check) > 10
 
 
 def test_crash_of_create_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

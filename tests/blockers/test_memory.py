@@ -12,6 +12,9 @@ class TestMemory(Conformance):
         blocker = MemoryBlocker()
         return Store(lambda: blocker)
 
+    def test_packs_may_be_small(self) -> None:
+        assert MemoryBlocker(pack_bytes=9_000).pack_bytes == 9_000
+
     def test_holes_are_exact(self) -> None:
         data = MemoryBlocker().create_data("layer/a")
         data.pwrite(8192, b"x")

@@ -38,6 +38,8 @@ def every_call(blocker: Blocker) -> Iterator[object]:
     yield blocker.get("pack/a", 1)
     yield blocker.exists("pack/a")
     yield list(blocker.list("pack"))
+    opened = blocker.open("pack/a")
+    yield opened.pread(1, 2), opened.size()
     blocker.delete("pack/a")
     yield list(blocker.list("pack"))
     data = blocker.create_data("layer/a")

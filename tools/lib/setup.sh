@@ -5,7 +5,7 @@
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=$REPOSITORY/.venv
 SYSTEM_PYTHON=/usr/bin/python3
-PACKAGES=(build-essential pkg-config python3-venv python3-dev libfuse3-dev fuse3 attr acl util-linux procps)
+PACKAGES=(build-essential pkg-config python3-venv python3-dev libfuse3-dev libxxhash-dev fuse3 attr acl util-linux procps)
 changed=no
 
 say() { printf '%s\n' "$*"; }
@@ -58,7 +58,7 @@ make_venv() {
 
 # One line for the content of files and folders, to see whether anything changed. What a build leaves behind is not counted.
 fingerprint() { # PATH...
-    find "$@" -type f ! -name '*.pyc' ! -name '*.so' ! -name '_engine.c' ! -name '_front.c' ! -path '*.egg-info/*' -print0 2>/dev/null |
+    find "$@" -type f ! -name '*.pyc' ! -name '*.so' ! -name '_engine.c' ! -name '_front.c' ! -name '_chunker.c' ! -path '*.egg-info/*' -print0 2>/dev/null |
         sort -z | xargs -0 -r sha256sum | sha256sum | cut -d ' ' -f 1
 }
 
