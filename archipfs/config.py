@@ -4,6 +4,7 @@
 a private instance. Unknown keys are errors, so that a misspelt one is never silently without effect.
 """
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -14,12 +15,14 @@ from typing import Any
 import tomlkit
 from tomlkit.items import InlineTable
 
-from archipfs.errors import InvalidConfig
+from archipfs.errors import InvalidConfig, InvalidSize
+from archipfs.units import parse_size
 
 DEFAULT_PATH = Path("/etc/archipfs/archipfs.toml")
 DEFAULT_STATE_DIR = Path("/var/lib/archipfs")
 DEFAULT_RUN_DIR = Path("/run/archipfs")
 DEFAULT_BACKEND = "default"
+THREADS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,38 @@ class BackendConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SealConfig:
+    """When the daemon seals by itself, and how much it may take of the machine."""
+
+    background: bool = True
+    after_seconds: float = 300
+    """How old a snapshot must be."""
+    threads: int = 1
+    bandwidth: int = 0
+    """Bytes read a second at most; 0: no limit."""
+    live_after_seconds: float = 0
+    """A volume that was not written for so long is frozen and sealed too; 0: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class GcConfig:
+    """When the daemon collects garbage by itself."""
+
+    background: bool = True
+    every_seconds: float = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What is kept to read sealed volumes fast."""
+
+    extents: int = 64 << 20
+    """Bytes of memory for where regions lie; a region of 4 MiB takes about 2 KiB."""
+    objects: int = 1 << 30
+    """Bytes in ``state_dir`` for chunks that cannot be read in place."""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     path: Path
     """Where it was read from, or would be written to."""
@@ -40,6 +75,9 @@ class Config:
     root: Path | None = None
     """The private instance's directory, if it is one."""
     backends: Mapping[str, BackendConfig] = field(default_factory=dict)
+    seal: SealConfig = SealConfig()
+    gc: GcConfig = GcConfig()
+    cache: CacheConfig = CacheConfig()
 
     @property
     def default_store(self) -> Path:
@@ -99,7 +137,7 @@ def save_backend(config: Config, backend: BackendConfig) -> Config:
 
 
 def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
-    _known(base.path, "", document, {"node", "backend"})
+    _known(base.path, "", document, {"node", "backend", "seal", "gc", "cache"})
     node = _table(base.path, "node", document.get("node", {}))
     _known(base.path, "node.", node, {"state_dir", "run_dir"})
     backends = {}
@@ -114,7 +152,67 @@ def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
         state_dir=_path(base.path, "node.state_dir", node.get("state_dir"), base.state_dir),
         run_dir=_path(base.path, "node.run_dir", node.get("run_dir"), base.run_dir),
         backends=backends,
+        seal=_seal(base.path, _table(base.path, "seal", document.get("seal", {}))),
+        gc=_gc(base.path, _table(base.path, "gc", document.get("gc", {}))),
+        cache=_cache(base.path, _table(base.path, "cache", document.get("cache", {}))),
     )
+
+
+def _seal(path: Path, table: Mapping[str, Any]) -> SealConfig:
+    _known(path, "seal.", table, {"background", "after", "threads", "bandwidth", "live_after"})
+    default = SealConfig()
+    threads = table.get("threads", default.threads)
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= THREADS_MAX:
+        raise InvalidConfig(f"{path}: seal.threads is not a number from 1 to {THREADS_MAX}: {threads!r}")
+    return SealConfig(
+        _flag(path, "seal.background", table.get("background", default.background)),
+        _seconds(path, "seal.after", table.get("after", default.after_seconds)),
+        threads,
+        _bytes(path, "seal.bandwidth", table.get("bandwidth", default.bandwidth)),
+        _seconds(path, "seal.live_after", table.get("live_after", default.live_after_seconds)),
+    )
+
+
+def _gc(path: Path, table: Mapping[str, Any]) -> GcConfig:
+    _known(path, "gc.", table, {"background", "every"})
+    default = GcConfig()
+    return GcConfig(
+        _flag(path, "gc.background", table.get("background", default.background)),
+        _seconds(path, "gc.every", table.get("every", default.every_seconds)),
+    )
+
+
+def _cache(path: Path, table: Mapping[str, Any]) -> CacheConfig:
+    _known(path, "cache.", table, {"extents", "objects"})
+    default = CacheConfig()
+    return CacheConfig(
+        _bytes(path, "cache.extents", table.get("extents", default.extents)),
+        _bytes(path, "cache.objects", table.get("objects", default.objects)),
+    )
+
+
+def _flag(path: Path, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidConfig(f"{path}: {name} is neither true nor false: {value!r}")
+    return value
+
+
+def _seconds(path: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InvalidConfig(f"{path}: {name} is not a number of seconds: {value!r}")
+    return value
+
+
+def _bytes(path: Path, name: str, value: object) -> int:
+    """A number of bytes, or a text like "64MiB"; 0 is allowed."""
+    if isinstance(value, str) and value != "0":
+        try:
+            return parse_size(value)
+        except InvalidSize as error:
+            raise InvalidConfig(f"{path}: {name}: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidConfig(f'{path}: {name} is not a size: {value!r}; write it like "64MiB"')
+    return value
 
 
 def _known(path: Path, prefix: str, table: Mapping[str, Any], keys: set[str]) -> None:

@@ -10,7 +10,9 @@ from archipfs.config import (
     DEFAULT_RUN_DIR,
     DEFAULT_STATE_DIR,
     BackendConfig,
+    CacheConfig,
     Config,
+    SealConfig,
     load_config,
     save_backend,
 )
@@ -53,6 +55,23 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert list(config.backends) == ["default", "ceph"], "names are looked for in the order of the file"
 
 
+def test_when_to_seal_and_what_to_keep_is_read(tmp_path: Path) -> None:
+    text = """
+    [seal]
+    background = false
+    after = 1.5
+    threads = 4
+    bandwidth = "100MiB"
+    live_after = 86400
+    [cache]
+    extents = "1MiB"
+    objects = 0
+    """
+    config = load_config(path=written(tmp_path, text))
+    assert config.seal == SealConfig(False, 1.5, 4, 100 << 20, 86400)
+    assert config.cache == CacheConfig(1 << 20, 0)
+
+
 def test_an_empty_file_has_the_defaults(tmp_path: Path) -> None:
     config = load_config(path=written(tmp_path, ""))
     assert (config.state_dir, config.run_dir) == (DEFAULT_STATE_DIR, DEFAULT_RUN_DIR)
@@ -93,8 +112,24 @@ def test_a_file_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
         ("[node", "is not TOML"),
         ("a = ", "is not TOML"),
         ("a = 1\na = 2", "is not TOML"),
-        ("colour = 1", "unknown key colour; the keys there are backend, node"),
+        ("colour = 1", "unknown key colour; the keys there are backend, cache, gc, node, seal"),
         ("[nodes]", "unknown key nodes"),
+        (
+            "[seal]\nlate = 1",
+            r"unknown key seal\.late; the keys there are after, background, bandwidth, live_",
+        ),
+        ("[gc]\nbackground = 1", "gc.background is neither true nor false: 1"),
+        ("[gc]\nevery = -1", "gc.every is not a number of seconds: -1"),
+        ("[gc]\noften = 1", r"unknown key gc\.often; the keys there are background, every"),
+        ("[seal]\nbackground = 1", "seal.background is neither true nor false: 1"),
+        ("[seal]\nafter = -1", "seal.after is not a number of seconds: -1"),
+        ("[seal]\nafter = nan", "seal.after is not a number of seconds: nan"),
+        ('[seal]\nlive_after = "1h"', "seal.live_after is not a number of seconds: '1h'"),
+        ("[seal]\nthreads = 0", "seal.threads is not a number from 1 to 64: 0"),
+        ("[seal]\nthreads = true", "seal.threads is not a number from 1 to 64: True"),
+        ('[seal]\nbandwidth = "fast"', "seal.bandwidth: not a size: 'fast'"),
+        ("[cache]\nextents = 1.5", "cache.extents is not a size: 1.5"),
+        ("[cache]\nextent = 1", r"unknown key cache\.extent; the keys there are extents, objects"),
         ('[node]\nstatedir = "/a"', r"unknown key node\.statedir; the keys there are run_dir, state_dir"),
         ("node = 1", "node is not a table; write it as \\[node\\]"),
         ("[[node]]", "node is not a table"),

@@ -23,9 +23,17 @@ DETAILS = (
     *(Column(column.name, column.look) for column in LISTED),
     Column("volumes"),
     Column("snapshots"),
+    Column("provisioned", as_size),
+    Column("unsealed", as_size),
     Column("logical", as_size),
+    Column("unique", as_size),
+    Column("stored", as_size),
+    Column("dedup_ratio"),
+    Column("compression_ratio"),
+    Column("reclaimable", as_size),
     Column("volume_size_max", as_size),
     Column("hash"),
+    Column("compression"),
     Column("created", as_time),
     Column("store"),
 )
@@ -45,7 +53,12 @@ def backend_list(instance: Instance, view: View) -> None:
 @view_options(DETAILS)
 @pass_instance
 def backend_info(instance: Instance, name: str, view: View) -> None:
-    """Show all there is to know of a backend."""
+    """Show all there is to know of a backend.
+
+    Provisioned is how large all volumes and snapshots are, unsealed what they take that is not deduplicated yet. Of
+    what is, logical is what they hold as if nothing were shared, unique that with each chunk once, stored what the
+    packs take, and reclaimable what of it garbage collection can give back.
+    """
     with instance.connect() as client:
         view.item(client.call("backend-info", name=name))
 

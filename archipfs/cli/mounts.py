@@ -32,8 +32,6 @@ MOUNT_COLUMNS = (
     Column("uptime", as_duration),
 )
 
-FINDING_COLUMNS = (Column("severity"), Column("backend"), Column("which"), Column("what"))
-
 WITHOUT_EFFECT = frozenset(
     {"rw", "dev", "nodev", "suid", "nosuid", "exec", "auto", "noauto", "nouser", "async", "noatime", "relatime"}
     | {"nofail", "_netdev", "defaults", "default_permissions"}
@@ -159,23 +157,4 @@ def status(instance: Instance, view: View) -> None:
         click.echo("nothing is mounted")
 
 
-@click.command("check")
-@view_options(FINDING_COLUMNS)
-@click.pass_context
-@pass_instance
-def check(instance: Instance, ctx: click.Context, view: View) -> None:
-    """Look for damage and for what a crash left behind.
-
-    Exit code 1 if anything is damaged. What is left behind harms nothing and goes away by itself. Changes nothing.
-    """
-    with instance.connect() as client, working("checking"):
-        findings = client.call("check")
-    if findings or view.as_json or not view.header:
-        view.table(findings)
-    else:
-        click.echo("no problems found")
-    if any(finding["severity"] == "error" for finding in findings):
-        ctx.exit(1)
-
-
-COMMANDS = (mount, umount, upgrade, status, check)
+COMMANDS = (mount, umount, upgrade, status)

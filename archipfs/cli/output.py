@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import click
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from archipfs.errors import InvalidInput
 from archipfs.units import format_size
@@ -49,6 +51,10 @@ def as_time(value: float, exact: bool) -> str:
 
 def as_duration(value: float, exact: bool) -> str:
     return str(int(value)) if exact else str(timedelta(seconds=int(value)))
+
+
+def as_yes(value: bool, exact: bool) -> str:
+    return "yes" if value else "no"
 
 
 def as_names(value: Sequence[str], exact: bool) -> str:
@@ -198,6 +204,18 @@ def working(doing: str) -> Iterator[None]:
         return
     with Console(stderr=True).status(doing):
         yield
+
+
+@contextmanager
+def advancing(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Show on a terminal how far something long is: call what this yields with bytes done and bytes in total."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(printable(doing)), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _select(columns: Sequence[Column], wanted: str) -> list[Column]:

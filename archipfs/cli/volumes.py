@@ -10,9 +10,19 @@ from typing import Any
 import click
 
 from archipfs.cli.instance import Instance, pass_instance
-from archipfs.cli.output import Column, Report, View, as_size, as_time, report_options, view_options
+from archipfs.cli.output import (
+    Column,
+    Report,
+    View,
+    advancing,
+    as_size,
+    as_time,
+    as_yes,
+    report_options,
+    view_options,
+)
 from archipfs.daemon.client import Client
-from archipfs.errors import ArchipError, Busy, InvalidInput, NotFound, ReadOnlyVolume
+from archipfs.errors import ArchipError, Busy, InvalidInput, LockHeld, NotFound, ReadOnlyVolume
 from archipfs.units import format_size, parse_size
 
 
@@ -44,6 +54,9 @@ DETAILS = (
     Column("kind"),
     Column("size", as_size),
     Column("written", as_size),
+    Column("exclusive", as_size),
+    Column("shared", as_size),
+    Column("removal_frees", as_size),
     Column("backend"),
     Column("parent"),
     Column("state"),
@@ -56,6 +69,7 @@ DETAILS = (
     Column("uuid"),
     Column("layer"),
     Column("layers"),
+    Column("sealed", as_yes),
 )
 
 
@@ -73,9 +87,13 @@ def volume_list(instance: Instance, view: View) -> None:
 @view_options(DETAILS)
 @pass_instance
 def volume_info(instance: Instance, name: str, view: View) -> None:
-    """Show all there is to know of a volume."""
+    """Show all there is to know of a volume.
+
+    Written is what came since the last snapshot; exclusive is what only this volume holds, shared what others hold too;
+    and removing a snapshot frees what only it holds, once garbage is collected.
+    """
     with instance.connect() as client:
-        view.item(client.call("volume-info", name=name))
+        view.item(client.call("volume-info", name=name, space=True))
 
 
 @click.command("volume-create")
@@ -256,6 +274,78 @@ def _unused(volume: Mapping[str, Any], doing: str) -> Mapping[str, Any]:
     return volume
 
 
+@click.command("volume-seal")
+@click.argument("names", metavar="NAME...", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Every volume and snapshot that no other node has locked.")
+@click.option("--live", is_flag=True, help="Also what a volume holds now: it is frozen first, as for a snapshot.")
+@report_options
+@pass_instance
+def volume_seal(instance: Instance, names: Sequence[str], every: bool, live: bool, report: Report) -> None:
+    """Deduplicate what snapshots and volumes hold.
+
+    Of a volume, what was written before its last snapshot or clone; with --live, all of it. Volumes stay in use
+    meanwhile. The daemon does it by itself after a while; see [seal] in the configuration. Ctrl-C ends it, and what was
+    done until then is not done again.
+    """
+    if bool(names) == every:
+        raise InvalidInput("give the names of volumes or snapshots, or --all for every one")
+    lines = Report(as_json=False, quiet=report.quiet or report.as_json)
+    done: list[Mapping[str, Any]] = []
+    with instance.connect() as client:
+        if every:
+            names = [each["name"] for each in client.call("volume-list")]
+        try:
+            for name in names:
+                done.append(_sealed(client, name, live, spare_locked=every))
+                lines.done(_seal_sentence(done[-1]), done[-1])
+        finally:
+            if report.as_json:
+                report.done("", done)
+
+
+def _sealed(client: Client, name: str, live: bool, *, spare_locked: bool) -> Mapping[str, Any]:
+    try:
+        with advancing(f"sealing {name}") as progress:
+            answer: Mapping[str, Any] = client.follow("volume-seal", progress, name=name, live=live)
+            return answer
+    except (LockHeld, NotFound) as error:
+        if not spare_locked:
+            raise
+        return {"name": name, "passed_over": str(error)}
+
+
+def _seal_sentence(done: Mapping[str, Any]) -> str:
+    if "passed_over" in done:
+        return f"passed over {done['name']}: {done['passed_over']}"
+    if not done["layers"]:
+        return f"{done['name']} has nothing to seal"
+    return f"sealed {done['name']}: read {format_size(done['read'])}, stored {format_size(done['added'])}"
+
+
+@click.command("volume-import")
+@click.argument("file", metavar="FILE")
+@click.option("--name", required=True, help="The new volume's name.")
+@click.option("--backend", help="Where it is to lie; the default backend if not given.")
+@report_options
+@pass_instance
+def volume_import(instance: Instance, file: str, name: str, backend: str | None, report: Report) -> None:
+    """Make a volume of a raw file or disk.
+
+    It is deduplicated from the start, and holes are not read. Ctrl-C ends it; begun again, it finds what was stored
+    until then.
+    """
+    path = os.path.abspath(file)
+    with instance.connect() as client, advancing(f"importing {file}") as progress:
+        made = client.follow(
+            "volume-import", progress, path=path, name=name, backend=backend, uid=os.geteuid(), gid=os.getegid()
+        )
+    report.done(
+        f"imported {name}, {format_size(made['size'])}: {format_size(made['data'])} of data, "
+        f"stored {format_size(made['added'])}",
+        made,
+    )
+
+
 @click.command("volume-lock")
 @click.argument("name")
 @report_options
@@ -315,6 +405,8 @@ COMMANDS = (
     volume_rename,
     volume_resize,
     volume_rollback,
+    volume_seal,
+    volume_import,
     volume_open,
     volume_close,
     volume_lock,

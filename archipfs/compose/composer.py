@@ -5,6 +5,7 @@ crash left behind is recovered before anything else happens to it.
 """
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,17 @@ import structlog
 from archipfs.blockers.contract import Space
 from archipfs.compose.copy import copy_range
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.sealed import SealedStore
+from archipfs.compose.sealing import (
+    Advance,
+    Progress,
+    SealedVolume,
+    bytes_to_seal,
+    import_layer,
+    layers_to_seal,
+    seal_layer,
+    unheeded,
+)
 from archipfs.compose.volume import EngineUser, OpenVolume
 from archipfs.errors import (
     AlreadyExists,
@@ -37,12 +49,16 @@ from archipfs.errors import (
 )
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.names import check_name
-from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
-from archipfs.types import NAME_BYTES_MAX, LayerId, RequestId, VolumeId
+from archipfs.map.reclaim import delete_objects
+from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, Sealed, VolumeRecord
+from archipfs.map.seal import Reader
+from archipfs.types import NAME_BYTES_MAX, SECTOR_BYTES, LayerId, RequestId, VolumeId
 from archipfs.units import format_size
 
 log = structlog.get_logger()
 
+SEAL_THREADS = max(1, os.cpu_count() or 1)
+"""That hash, when somebody waits for it."""
 CLOSING_SECONDS = 2.0
 """How long an operation on an unused volume waits for its last user, who may be closing it just now."""
 
@@ -61,6 +77,15 @@ class Made:
 
     record: VolumeRecord
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An import; one that was done when it came first has nothing to say of its bytes."""
+
+    made: Made
+    data_bytes: int
+    added_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +108,22 @@ class _Table:
 
 
 class Composer:
-    def __init__(self, mappers: Mapping[str, Mapper], live: LiveBitmaps, default_backend: str) -> None:
-        """``mappers`` by backend name, in the order in which names are looked for."""
+    def __init__(
+        self,
+        mappers: Mapping[str, Mapper],
+        live: LiveBitmaps,
+        sealed: Mapping[str, SealedStore],
+        default_backend: str,
+    ) -> None:
+        """``mappers`` by backend name, in the order in which names are looked for; ``sealed`` by the same names."""
         self._mappers = mappers
+        self._sealed = sealed
         self._default_backend = default_backend
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
+        self.seals_waited_for = 0
+        self._seals_end = False
         self._reclaim_mutex = threading.Lock()
         self._reclaim_wanted = False
 
@@ -102,6 +136,10 @@ class Composer:
     @property
     def mappers(self) -> Mapping[str, Mapper]:
         return self._mappers
+
+    def sealed_store(self, mapper: Mapper) -> SealedStore:
+        """Where the chunks and maps of its sealed layers are."""
+        return self._sealed[mapper.backend]
 
     def find(self, name: str) -> Found:
         """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name."""
@@ -149,10 +187,17 @@ class Composer:
         return found.mapper.locks.holder(found.record.id)
 
     def stored_bytes(self, found: Found) -> int:
-        """What the volume's own layer takes in the store: what was written since the last snapshot."""
+        """What the volume's own layer takes in the store: what was written since the last snapshot.
+
+        Of a sealed one, what sealing it has added; but a sector at least if it has any data, since programs take a file
+        that has no blocks for one hole.
+        """
         try:
             data = found.mapper.blocker.open_data(f"layer/{found.record.layer}", writable=False)
         except ObjectMissing:
+            layer = found.mapper.catalog.get(LayerRecord, found.record.layer)
+            if layer is not None and layer.record.sealed is not None:
+                return max(layer.record.sealed.added_bytes, min(SECTOR_BYTES, layer.record.sealed.data_bytes))
             now = self.find_by_id(found.record.id)
             if now.record.layer == found.record.layer:
                 raise
@@ -269,7 +314,8 @@ class Composer:
         return opened
 
     def _make_open(self, found: Found) -> OpenVolume:
-        return OpenVolume(found.mapper, self._live[found.mapper.backend], found.record.id, self._engine_users)
+        backend = found.mapper.backend
+        return OpenVolume(found.mapper, self._live[backend], self._sealed[backend], found.record.id, self._engine_users)
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:
@@ -560,6 +606,123 @@ class Composer:
             self._refresh(opened)
         return self._as_open(record)
 
+    # Sealing
+
+    def seal(
+        self,
+        name: str,
+        *,
+        live: bool = False,
+        threads: int = SEAL_THREADS,
+        progress: Progress = unheeded,
+        waited_for: bool = True,
+    ) -> SealedVolume:
+        """Give a snapshot's layer a map, and all below it; of a volume, what lies below its head.
+
+        ``live``: what a volume holds now is frozen first, so that all of it is sealed. Returns when nothing is left to
+        do. Raises what ``progress`` raises, and ``NotFound`` if it is removed meanwhile; what was done so far is found
+        again by the next who seals it. ``waited_for``: somebody waits for it; ``seals_waited_for`` counts those.
+        """
+        with self._table.changed:
+            self.seals_waited_for += waited_for
+        try:
+            return self._seal(self.find(name), live, threads, progress)
+        finally:
+            with self._table.changed:
+                self.seals_waited_for -= waited_for
+
+    def _seal(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
+        target = self._frozen_layer(found, live)
+        if target is None:
+            return SealedVolume(0, 0, 0)
+        advance = Advance(self._heeding_the_end(progress), bytes_to_seal(found.mapper, target))
+        sealed = [
+            self._seal_layer(found.mapper, layer, threads, advance)
+            for layer in layers_to_seal(found.mapper.catalog, target)
+        ]
+        return SealedVolume(len(sealed), advance.read_bytes, sum(each.added_bytes for each in sealed))
+
+    def import_sealed(
+        self,
+        name: str,
+        size: int,
+        reader: Reader,
+        *,
+        about_bytes: int,
+        backend: str | None = None,
+        attributes: Attributes | None = None,
+        threads: int = SEAL_THREADS,
+        progress: Progress = unheeded,
+        request: RequestId | None = None,
+    ) -> Imported:
+        """A volume that holds what ``reader`` shows, which goes straight to packs: a head over a sealed layer.
+
+        ``about_bytes``: how much there is to read. What was stored before an error is found again by the next import.
+        """
+        sealed: Sealed | None = None
+
+        def make() -> VolumeRecord:
+            nonlocal sealed
+            self._refuse_taken(name)
+            mapper = self.mapper(backend)
+            mapper.check_fits(size)
+            advance = Advance(self._heeding_the_end(progress), about_bytes)
+            with (
+                mapper.reserve(name) as reservation,
+                import_layer(mapper, self._sealed[mapper.backend], reader, size, threads, advance) as layer,
+            ):
+                sealed = layer.sealed
+                return mapper.publish_over(reservation, layer.id, size, attributes or Attributes(), request).record
+
+        made = self._make("imported", name, request, make)
+        return Imported(made, sealed.data_bytes if sealed else 0, sealed.added_bytes if sealed else 0)
+
+    def end_seals(self) -> None:
+        """Have those under way, and imports, end soon, with an error: this process is to end. What they have stored is
+        found again."""
+        self._seals_end = True
+
+    def _heeding_the_end(self, progress: Progress) -> Progress:
+        def heed(done: int, total: int) -> None:
+            progress(done, total)
+            if self._seals_end:
+                raise ArchipError("sealing was cut short, since the daemon ends; seal again to go on with it")
+
+        return heed
+
+    def _frozen_layer(self, found: Found, live: bool) -> LayerId | None:
+        """The uppermost layer of the volume that does not change any more, durable."""
+        if not found.record.writable:
+            return found.record.layer
+        with self._owning(found) as opened:
+            if live and not opened.head_is_empty():
+                return opened.freeze().layer
+            return opened.frozen_below()
+
+    def _seal_layer(self, mapper: Mapper, layer: LayerId, threads: int, advance: Advance) -> Sealed:
+        started = time.perf_counter()
+        record = seal_layer(mapper, self._sealed[mapper.backend], layer, threads=threads, advance=advance)
+        assert record.sealed is not None
+        self._go_over(mapper, record)
+        self._reclaim_wanted = True
+        seconds = round(time.perf_counter() - started, 3)
+        log.info("sealed", layer=layer, data=record.sealed.data_bytes, added=record.sealed.added_bytes, seconds=seconds)
+        return record.sealed
+
+    def _go_over(self, mapper: Mapper, sealed: LayerRecord) -> None:
+        """Have all that is open here read the sealed layer, then delete the objects that it was before.
+
+        A volume that is just being opened has its ``control`` held until it is; whoever opens it later finds the layer
+        sealed, or objects missing, and looks again.
+        """
+        with self._table.changed:
+            opened_all = list(self._table.volumes.values())
+        for opened in opened_all:
+            if opened.mapper is mapper:
+                opened.rebase(sealed)
+        self._live[mapper.backend].forget(sealed.id)
+        delete_objects(mapper.blocker, sealed.id)
+
     # Locks
 
     def lock(self, name: str) -> LockRecord:
@@ -786,7 +949,7 @@ class Composer:
     def _descends(self, mapper: Mapper, record: VolumeRecord, snapshot: VolumeRecord) -> bool:
         if snapshot.origin == record.id:
             return True
-        return any(layer.record.id == snapshot.layer for layer in mapper.catalog.chain(record.layer))
+        return any(layer.id == snapshot.layer for layer in mapper.catalog.lineage(record.layer))
 
     def _free_name(self, name: str) -> str:
         candidate, number = name, 1

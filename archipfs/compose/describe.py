@@ -27,18 +27,30 @@ def describe(composer: Composer, found: Found) -> dict[str, Any]:
     """All of it, with what takes a look at other records and at the layer's object."""
     record = found.record
     lock = composer.lock_of(found)
+    chain = found.mapper.catalog.chain(record.layer)
     return {
         **summary(found, origin_of(found)),
         "written": composer.stored_bytes(found),
-        "layers": sum(1 for _ in found.mapper.catalog.chain(record.layer)),
+        "layers": len(chain),
+        "sealed": all(layer.sealed is not None for layer in (chain[1:] if record.writable else chain)),
         "layer": record.layer,
         "lock": describe_lock(lock) if lock is not None else None,
-        "state": "open" if composer.is_open(record.id) else "closed",
+        "state": state_of(composer, found),
         "mode": f"{record.mode & 0o7777:04o}",
         "uid": record.uid,
         "gid": record.gid,
         "modified": record.mtime_ns / 1e9,
     }
+
+
+def state_of(composer: Composer, found: Found) -> str:
+    """``open`` or ``closed``; of a snapshot that nobody has open, ``frozen`` or ``sealed``."""
+    record = found.record
+    if composer.is_open(record.id):
+        return "open"
+    if record.writable:
+        return "closed"
+    return "frozen" if found.mapper.catalog.layer(record.layer).record.sealed is None else "sealed"
 
 
 def origin_of(found: Found) -> str | None:

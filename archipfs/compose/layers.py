@@ -1,12 +1,13 @@
 """From layer records to engine layers: opening a chain, and where its live bitmaps lie."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from archipfs.blockers.contract import Blocker
 from archipfs.compose.engine import EngineLayer
+from archipfs.compose.sealed import SealedStore
 from archipfs.map.mapper import bitmap_key, data_key
 from archipfs.map.records import LayerRecord, LockRecord
 from archipfs.types import LayerId
@@ -67,28 +68,47 @@ def open_live_layer(
 
 
 def open_live_chain(
-    blocker: Blocker, live: LiveBitmaps, lease: LockRecord, chain: list[LayerRecord], visible: int
+    blocker: Blocker,
+    sealed: SealedStore,
+    live: LiveBitmaps,
+    lease: LockRecord,
+    chain: Sequence[LayerRecord],
+    visible: int,
 ) -> list[EngineLayer]:
     """Open the layers of a writable volume, head first."""
-    with ExitStack() as opened:
-        layers: list[EngineLayer] = []
-        for record in chain:
-            is_head = not layers
-            limit = min(visible, record.parent_visible) if is_head else record.parent_visible
-            layers.append(open_live_layer(blocker, live, lease, record, visible=limit, head=is_head))
-            opened.callback(layers[-1].close)
-        opened.pop_all()
-        return layers
+
+    def open_one(record: LayerRecord, limit: int, head: bool) -> EngineLayer:
+        return open_live_layer(blocker, live, lease, record, visible=limit, head=head)
+
+    return _open_layers(sealed, chain, visible, open_one)
 
 
-def open_durable_chain(blocker: Blocker, chain: list[LayerRecord], visible: int) -> list[EngineLayer]:
+def open_durable_chain(
+    blocker: Blocker, sealed: SealedStore, chain: Sequence[LayerRecord], visible: int
+) -> list[EngineLayer]:
     """Open the layers of a volume that we only read: a snapshot, or one that another node writes."""
+
+    def open_one(record: LayerRecord, limit: int, head: bool) -> EngineLayer:
+        return _open_layer(blocker, record, limit, False, None, "0" * 32)
+
+    return _open_layers(sealed, chain, visible, open_one)
+
+
+def _open_layers(
+    sealed: SealedStore,
+    chain: Sequence[LayerRecord],
+    visible: int,
+    open_one: Callable[[LayerRecord, int, bool], EngineLayer],
+) -> list[EngineLayer]:
+    """``open_one`` is given a layer that is not sealed, how far its parent is visible, and whether it comes first."""
     with ExitStack() as opened:
         layers: list[EngineLayer] = []
         for record in chain:
-            limit = record.parent_visible if layers else min(visible, record.parent_visible)
-            layers.append(_open_layer(blocker, record, limit, False, None, "0" * 32))
-            opened.callback(layers[-1].close)
+            is_first = not layers
+            limit = min(visible, record.parent_visible) if is_first else record.parent_visible
+            layer = sealed.open_layer(record) if record.sealed is not None else open_one(record, limit, is_first)
+            opened.callback(layer.close)
+            layers.append(layer)
         opened.pop_all()
         return layers
 

@@ -15,7 +15,8 @@ import msgspec
 
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
-from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ReadOnlyVolume, StoreError
+from archipfs.compose.sealed import SealedStore
+from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ObjectMissing, ReadOnlyVolume, StoreError
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
@@ -43,7 +44,12 @@ class OpenVolume:
     """Counted by the composer, which starts it for the first user and stops it after the last."""
 
     def __init__(
-        self, mapper: Mapper, live: LiveBitmaps, volume: VolumeId, engine_users: Sequence[EngineUser] = ()
+        self,
+        mapper: Mapper,
+        live: LiveBitmaps,
+        sealed: SealedStore,
+        volume: VolumeId,
+        engine_users: Sequence[EngineUser] = (),
     ) -> None:
         self.id = volume
         self.mapper = mapper
@@ -52,6 +58,7 @@ class OpenVolume:
         self.control = threading.RLock()
         """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
         self._live = live
+        self._sealed = sealed
         self._engine_users = engine_users
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
@@ -445,6 +452,31 @@ class OpenVolume:
             finally:
                 engine.resume()
 
+    def frozen_below(self) -> LayerId | None:
+        """The layer right below the head, durable with all below it; ``None`` if the head lies on nothing."""
+        with self.control:
+            self._flush(self.engine, self._owned_lease())
+            return self.mapper.catalog.layer(self.record.layer).record.reads_parent
+
+    def head_is_empty(self) -> bool:
+        """Whether nothing was written since the last snapshot."""
+        with self._paused() as engine:
+            return engine.head_is_clear(0, engine.size)
+
+    def rebase(self, sealed: LayerRecord) -> None:
+        """Read the layer as it is sealed now, if this volume has it open; nobody waits for that."""
+        with self.control:
+            engine = self._engine
+            if engine is None or self._fenced:
+                return
+            layer = self._sealed.open_layer(sealed)
+            try:
+                engine.rebase(sealed.id, layer)
+            except ObjectMissing:
+                return  # it does not have that layer
+            finally:
+                layer.close()
+
     def verify_lease(self) -> None:
         """Fence ourselves, and raise ``Fenced``, if the lock was broken."""
         engine, lease = self._engine, self._lease
@@ -452,8 +484,10 @@ class OpenVolume:
             self._verify(engine, lease)
 
     def _durable_engine(self, record: VolumeRecord) -> EngineVolume:
-        chain = [found.record for found in self.mapper.catalog.chain(record.layer)]
-        layers = open_durable_chain(self.mapper.blocker, chain, record.visible)
+        def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
+            return open_durable_chain(self.mapper.blocker, self._sealed, chain, record.visible)
+
+        layers = self.mapper.catalog.with_chain(record.layer, open_chain)
         try:
             return EngineVolume(layers, record.size, writable=False)
         finally:
@@ -463,8 +497,11 @@ class OpenVolume:
     @contextmanager
     def _open_chain(self, lease: LockRecord, head: LayerId, visible: int) -> Iterator[list[EngineLayer]]:
         """The layers from ``head`` on, to be written. An engine that was given them in the block goes on using them."""
-        chain = [found.record for found in self.mapper.catalog.chain(head)]
-        layers = open_live_chain(self.mapper.blocker, self._live, lease, chain, visible)
+
+        def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
+            return open_live_chain(self.mapper.blocker, self._sealed, self._live, lease, chain, visible)
+
+        layers = self.mapper.catalog.with_chain(head, open_chain)
         try:
             yield layers
         finally:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from archipfs import errors
 from archipfs.config import Config
 from archipfs.daemon import commands
+from archipfs.daemon.commands import Progress, Sent, ignored
 from archipfs.daemon.control import SOCKET_NAME
 from archipfs.daemon.node import Node, create_default_backend, exclusive, no_backend, open_node
 from archipfs.errors import ArchipError, DaemonError
@@ -22,6 +23,12 @@ class Client(Protocol):
 
     def call(self, command: str, **arguments: Any) -> Any:
         """The command's answer. Raises the error it ended with."""
+
+    def follow(self, command: str, progress: Progress, **arguments: Any) -> Any:
+        """As ``call``, for a command that takes long: ``progress`` is told how far it is.
+
+        What ``progress`` raises ends the waiting, and hanging up ends the command.
+        """
 
 
 class DaemonClient:
@@ -52,32 +59,41 @@ class DaemonClient:
         self._connection.close()
 
     def call(self, command: str, **arguments: Any) -> Any:
-        request = {"command": command, "arguments": arguments, "id": uuid.uuid4().hex, "again": False}
-        line = self._ask(request) or self._ask_again(request)
-        if not line:
-            raise DaemonError(f"the daemon hung up during {command}; see its log, and `archip status`")
-        reply = json.loads(line)
+        return self._answer_to({"command": command, "arguments": arguments}, ignored)
+
+    def follow(self, command: str, progress: Progress, **arguments: Any) -> Any:
+        return self._answer_to({"command": command, "arguments": arguments, "progress": True}, progress)
+
+    def _answer_to(self, wanted: Mapping[str, Any], progress: Progress) -> Any:
+        request = {**wanted, "id": uuid.uuid4().hex, "again": False}
+        reply = self._ask(request, progress) or self._ask_again(request, progress)
+        if reply is None:
+            raise DaemonError(f"the daemon hung up during {wanted['command']}; see its log, and `archip status`")
         if "error" in reply:
             raise _error_of(reply["error"])
         return reply["answer"]
 
-    def _ask(self, request: Mapping[str, Any]) -> str:
-        """The reply; empty if the daemon went away instead."""
+    def _ask(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+        """The answer or the error; ``None`` if the daemon went away instead."""
         try:
             self._stream.write(json.dumps(request) + "\n")
             self._stream.flush()
-            reply = self._stream.readline()
+            while (line := self._stream.readline()).endswith("\n"):
+                reply: dict[str, Any] = json.loads(line)
+                if "progress" not in reply:
+                    return reply
+                progress(*reply["progress"])
         except (BrokenPipeError, ConnectionResetError):
-            return ""
-        return reply if reply.endswith("\n") else ""
+            return None
+        return None
 
-    def _ask_again(self, request: Mapping[str, Any]) -> str:
+    def _ask_again(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
         self.close()
         connection = _connect(self._config)
         if connection is None:
-            return ""
+            return None
         self._begin(connection)
-        return self._ask({**request, "again": True})
+        return self._ask({**request, "again": True}, progress)
 
 
 class _NodeClient:
@@ -86,6 +102,9 @@ class _NodeClient:
 
     def call(self, command: str, **arguments: Any) -> Any:
         return commands.call(self._node, command, arguments)
+
+    def follow(self, command: str, progress: Progress, **arguments: Any) -> Any:
+        return commands.call(self._node, command, arguments, Sent(progress=progress))
 
 
 @contextmanager

@@ -6,27 +6,39 @@ Arguments and answers are plain values that JSON can carry. Sizes are integer by
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from archipfs.compose.composer import Made
+from archipfs.compose.composer import Found, Made
 from archipfs.compose.describe import describe, describe_lock, summary
+from archipfs.compose.sealing import mask_bits
+from archipfs.compose.sparse_file import SparseFile
 from archipfs.daemon.node import Node
-from archipfs.errors import DaemonError, NotFound
-from archipfs.map.check import check_backend
+from archipfs.errors import DaemonError, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
+from archipfs.map.space import Space
 from archipfs.types import RequestId
 
 Answer = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+"""Told by a long command how much it has done, and of how much; only in the thread in which the command was called.
+
+It raises to have the command end, because nobody waits for the answer any more."""
+
+
+def ignored(done: int, total: int) -> None:
+    """For those who do not want to know how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """How a command came, for those that must not be done twice."""
+    """How a command came, for those that must not be done twice and for those that take long."""
 
     request: RequestId | None = None
     """The same when it comes again; ``None`` if it never does."""
     again: bool = False
     """It was sent before, and may have been done."""
+    progress: Progress = ignored
 
 
 def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Sent()) -> Any:
@@ -34,7 +46,7 @@ def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Se
     function = COMMANDS.get(command)
     if function is None:
         raise DaemonError(f"the daemon does not know {command}; it is of another version, mount again")
-    context = (node, sent) if command in NOT_TWICE else (node,)
+    context = (node, sent) if command in NOT_TWICE or command in LONG else (node,)
     try:
         inspect.signature(function).bind(*context, **arguments)
     except TypeError as error:
@@ -52,8 +64,24 @@ def volume_list(node: Node) -> list[Answer]:
     return [summary(each, names.get(each.record.origin) if each.record.origin else None) for each in found]
 
 
-def volume_info(node: Node, name: str) -> Answer:
-    return describe(node.composer, node.composer.find(name))
+def volume_info(node: Node, name: str, space: bool = False) -> Answer:
+    """With ``space`` also whose the bytes are, which takes a look at all volumes of the backend and at their maps."""
+    found = node.composer.find(name)
+    return {**describe(node.composer, found), **(_space_of(node, found) if space else {})}
+
+
+def _space_of(node: Node, found: Found) -> dict[str, Any]:
+    """``None`` for what nobody can say: too much to count, or a map that cannot be read, which ``check`` tells of."""
+    try:
+        space = node.upkeep[found.mapper.backend].space().of_volume(found.record)
+    except (ObjectMissing, ObjectDamaged):
+        space = None
+    exclusive = None if space is None else space.exclusive_bytes
+    return {
+        "exclusive": exclusive,
+        "shared": None if space is None else space.shared_bytes,
+        "removal_frees": None if found.record.writable else exclusive,
+    }
 
 
 def volume_create(
@@ -105,6 +133,36 @@ def volume_remove(node: Node, sent: Sent, name: str) -> Answer:
     return {"name": name}
 
 
+def volume_seal(node: Node, sent: Sent, name: str, live: bool = False) -> Answer:
+    done = node.composer.seal(name, live=live, progress=sent.progress)
+    return {"name": name, "layers": done.layers, "read": done.read_bytes, "added": done.added_bytes}
+
+
+def volume_import(
+    node: Node,
+    sent: Sent,
+    path: str,
+    name: str,
+    backend: str | None = None,
+    mode: int = 0o600,
+    uid: int = 0,
+    gid: int = 0,
+) -> Answer:
+    attributes = Attributes(mode, uid, gid)
+    with SparseFile(Path(path)) as file:
+        made = node.composer.import_sealed(
+            name,
+            file.size,
+            file,
+            about_bytes=file.data_bytes(),
+            backend=backend,
+            attributes=attributes,
+            request=sent.request,
+            progress=sent.progress,
+        )
+    return {**_made(made.made), "data": made.data_bytes, "added": made.added_bytes}
+
+
 def volume_lock(node: Node, name: str) -> Answer:
     return describe_lock(node.composer.lock(name))
 
@@ -140,18 +198,87 @@ def backend_info(node: Node, name: str) -> Answer:
         "created": mapper.store.created_ns / 1e9,
         "volumes": sum(record.writable for record in volumes),
         "snapshots": sum(not record.writable for record in volumes),
-        "logical": sum(record.size for record in volumes),
+        "provisioned": sum(record.size for record in volumes),
         "volume_size_max": mapper.blocker.data_bytes_max,
+        "compression": mapper.store.compression,
+        **_totals(node.upkeep[mapper.backend].space()),
     }
 
 
-def check(node: Node) -> list[Answer]:
+def _totals(space: Space) -> dict[str, Any]:
+    """What is sealed, and what it takes; ``None`` for what nobody can say, as for ``_space_of``."""
+    try:
+        account = space.account()
+    except (ObjectMissing, ObjectDamaged):
+        account = None
+    logical = space.sealed_bytes
+    return {
+        "unsealed": space.unsealed_bytes,
+        "logical": logical,
+        "unique": None if account is None else account.unique_bytes,
+        "stored": None if account is None else account.pack_bytes,
+        "dedup_ratio": None if account is None else _ratio(logical, account.unique_bytes),
+        "compression_ratio": None if account is None else _ratio(account.unique_bytes, account.chunk_bytes),
+        "reclaimable": None if account is None else account.reclaimable_bytes,
+    }
+
+
+def _ratio(before: int, after: int) -> float | None:
+    return round(before / after, 2) if after else None
+
+
+def check(node: Node, sent: Sent) -> list[Answer]:
     """What is wrong in the stores, and what a crash left behind; nothing found is an empty list."""
     return [
-        {"backend": mapper.backend, "severity": found.severity.value, "what": found.what, "which": found.which}
-        for mapper in node.composer.mappers.values()
-        for found in check_backend(mapper)
+        {"backend": name, "severity": found.severity.value, "what": found.what, "which": found.which}
+        for name, upkeep in node.upkeep.items()
+        for found in upkeep.check(lambda: sent.progress(0, 0))
     ]
+
+
+def scrub(node: Node, sent: Sent, rate: int | None = None, repair: bool = False) -> Answer:
+    """``check`` after all that is sealed was read and hashed, at ``rate`` bytes a second at most; mended if wanted."""
+    done = []
+    for name, upkeep in node.upkeep.items():
+        scrubbed = upkeep.scrub(rate, sent.progress)
+        if scrubbed is None:
+            continue
+        answer = {
+            "backend": name,
+            "packs": scrubbed.packs,
+            "read": scrubbed.read_bytes,
+            "damaged": scrubbed.damaged,
+            "resumed": scrubbed.resumed_after is not None,
+        }
+        if repair:
+            others = [other for other in node.upkeep.values() if other is not upkeep]
+            repaired = upkeep.repair(others, mask_bits(upkeep.mapper), sent.progress)
+            answer |= {"mended": repaired.mended, "lost": repaired.lost, "tried": list(repaired.tried)}
+        done.append(answer)
+    return {"findings": check(node, sent), "backends": done}
+
+
+def gc(node: Node, sent: Sent, dry_run: bool = False) -> list[Answer]:
+    """Delete what nothing leads to any more; with ``dry_run`` only say how much that is."""
+    if not dry_run:
+        node.composer.reclaim()
+    done: list[Answer] = []
+    for name, upkeep in node.upkeep.items():
+        collected = upkeep.collect(lambda: sent.progress(0, 0), dry_run=dry_run)
+        if collected is not None:
+            done.append(
+                {
+                    "backend": name,
+                    "packs": collected.packs,
+                    "freed": collected.freed_bytes,
+                    "repacked": collected.repacked,
+                    "copied": collected.copied_bytes,
+                    "needed_again": collected.needed_again,
+                    "kept": dict(collected.kept),
+                    "dry_run": dry_run,
+                }
+            )
+    return done
 
 
 def status(node: Node) -> Answer:
@@ -195,6 +322,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-resize": volume_resize,
     "volume-rollback": volume_rollback,
     "volume-remove": volume_remove,
+    "volume-seal": volume_seal,
+    "volume-import": volume_import,
     "volume-lock": volume_lock,
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
@@ -202,6 +331,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "backend-list": backend_list,
     "backend-info": backend_info,
     "check": check,
+    "scrub": scrub,
+    "gc": gc,
     "status": status,
 }
 
@@ -209,3 +340,6 @@ NOT_TWICE = frozenset(
     {"volume-create", "volume-snapshot", "volume-clone", "volume-rename", "volume-rollback", "volume-remove"}
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
+
+LONG = frozenset({"volume-seal", "volume-import", "check", "scrub", "gc"})
+"""Their functions are told how the command came too: they say how far they are."""

@@ -24,7 +24,9 @@ from archipfs.blockers.retry import RetryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
+from archipfs.daemon.upkeep import Upkeep
 from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
 from archipfs.map.locks import Node as NodeIdentity
 from archipfs.map.mapper import Mapper, create_store
@@ -46,6 +48,8 @@ class Node:
     """What the daemon says of itself; of a node without a mount, an empty mapping."""
     changed: Callable[[str], None]
     """Called with a volume's id after its content or size changed other than by writing."""
+    upkeep: Mapping[str, Upkeep]
+    """By backend."""
 
 
 @contextmanager
@@ -142,12 +146,26 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
             _refuse_twin(mapper, mappers)
             mappers[backend.name] = mapper
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
-        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), default)
+        sealed = stack.enter_context(_sealed_stores(config, mappers))
+        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
         if recover:
             composer.recover()
-        yield Node(config, identity, composer, dict, lambda volume: None)
+        upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
+        yield Node(config, identity, composer, dict, lambda volume: None, upkeep)
         composer.close_all()
         composer.reclaim()
+
+
+@contextmanager
+def _sealed_stores(config: Config, mappers: Mapping[str, Mapper]) -> Iterator[Mapping[str, SealedStore]]:
+    shared = Shared(config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects)
+    stores = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
+    try:
+        yield stores
+    finally:
+        for store in stores.values():
+            store.close()
+        shared.close()
 
 
 def no_backend(config: Config) -> InvalidConfig:

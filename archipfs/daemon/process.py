@@ -21,7 +21,9 @@ from archipfs.config import Config
 from archipfs.daemon import control
 from archipfs.daemon.node import Node, create_default_backend, exclusive, open_node
 from archipfs.daemon.sd_notify import forget, notify, store
+from archipfs.daemon.sealing import BackgroundSealing
 from archipfs.daemon.supervisor import DEVICE, GO, SUPERVISOR_PID
+from archipfs.daemon.upkeep import collect_in_background
 from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
@@ -164,6 +166,11 @@ class _Life:
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)
+            nursery.start_soon(_end_seals, node)
+            if node.config.seal.background:
+                nursery.start_soon(_seal_in_background, node)
+            if node.config.gc.background:
+                nursery.start_soon(_collect_garbage, node)
 
     async def _serve(self, life: trio.CancelScope) -> None:
         await self.mount.serve()
@@ -232,6 +239,39 @@ async def _reclaim_space(node: Node, recover: bool) -> None:
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         await run(node.composer.reclaim)
+
+
+async def _end_seals(node: Node) -> None:
+    """As soon as we are to end, have nobody go on sealing whom we would have to wait for."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        node.composer.end_seals()
+
+
+async def _seal_in_background(node: Node) -> None:
+    """Every now and then seal what is old enough."""
+    threads = trio.CapacityLimiter(1)
+    sealing = BackgroundSealing(node.composer, node.config.seal)
+    while True:
+        await trio.sleep(HOUSEKEEPING_SECONDS)
+        try:
+            await trio.to_thread.run_sync(sealing.seal_what_is_due, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="seal in the background")
+
+
+async def _collect_garbage(node: Node) -> None:
+    """Every now and then delete packs that nobody needs."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(max(node.config.gc.every_seconds, HOUSEKEEPING_SECONDS))
+        try:
+            await trio.to_thread.run_sync(
+                collect_in_background, node.composer, list(node.upkeep.values()), limiter=threads
+            )
+        except Exception:
+            log.exception("bug", chore="collect garbage")
 
 
 async def _watch_locks(node: Node, mount: Mount) -> None:

@@ -11,10 +11,10 @@ replacing the volume; removing commits by replacing the volume and deletes the n
 behind is a name record that nobody agrees with: it resolves to nothing and may be taken over.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, TypeVar
 
 from archipfs.blockers.contract import Blocker, VersionPaths
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
@@ -31,6 +31,8 @@ from archipfs.map.records import (
     encode,
 )
 from archipfs.types import LayerId, VolumeId
+
+T = TypeVar("T")
 
 STORE_IDENT = "info"
 
@@ -103,13 +105,39 @@ class Catalog:
             raise ObjectMissing(f"layer {layer} is not in the store; run `archip check` to see what needs it")
         return found
 
-    def chain(self, head: LayerId) -> Iterator[Versioned[LayerRecord]]:
+    def chain(self, head: LayerId) -> Sequence[LayerRecord]:
         """``head``, the parent that it reads, and so on to the last. Raises ``ObjectMissing``."""
-        following: LayerId | None = head
-        while following is not None:
-            found = self.layer(following)
-            yield found
-            following = found.record.reads_parent
+
+        return self.with_chain(head, tuple)
+
+    def with_chain(self, head: LayerId, use: Callable[[Sequence[LayerRecord]], T]) -> T:
+        """What ``use`` makes of the chain, as it is at one moment.
+
+        A layer may be sealed at any time: then its objects go, and what it was merged with goes too. So when something
+        is missing, to us or to ``use``, and a layer has been sealed since we read its record, all begins anew.
+        """
+        while True:
+            chain = deque[LayerRecord]()
+            try:
+                following: LayerId | None = head
+                while following is not None:
+                    chain.append(self.layer(following).record)
+                    following = chain[-1].reads_parent
+                return use(chain)
+            except ObjectMissing:
+                if not any(self._sealed_since(record) for record in chain):
+                    raise
+
+    def _sealed_since(self, record: LayerRecord) -> bool:
+        now = self.get(LayerRecord, record.id) if record.sealed is None else None
+        return now is not None and now.record.sealed is not None
+
+    def lineage(self, layer: LayerId) -> Iterator[LayerRecord]:
+        """``layer``, its parent and so on, also beyond sealed ones, as far as it is still there."""
+        following: LayerId | None = layer
+        while following is not None and (found := self.get(LayerRecord, following)) is not None:
+            yield found.record
+            following = found.record.parent
 
     def lock(self, volume: VolumeId) -> Versioned[LockRecord] | None:
         return self.get(LockRecord, volume)

@@ -345,12 +345,12 @@ class ChunkStore:
             sessions = tuple(self._sessions)
         return {pack for session in sessions for pack in session.relied_upon()}
 
-    def place_to_rely_on(self, digest: Digest, data: Buffer) -> Location | None:
-        """Where the store has ``data``, if that may be relied upon: in no condemned pack, and not known to be damaged.
+    def place_to_rely_on(self, digest: Digest, data: Buffer, places: Iterable[Location]) -> Location | None:
+        """Which of ``places`` has ``data`` and may be relied upon: in no condemned pack, and not known to be damaged.
 
         With a hash that is not trusted the bytes are read and compared. Raises ``StoreError`` if they differ.
         """
-        for place in self._usable(digest, self.cache.find([digest])[0]):
+        for place in self._usable(digest, places):
             if place.pack in self._marks.condemned:
                 continue
             if self.hash.trusted:
@@ -404,12 +404,21 @@ class Session:
 
         Raises ``StoreError`` if the store has other bytes under that digest (with a hash that is not trusted).
         """
-        return self._add(digest, Kind.CHUNK, data)
+        return self._add(digest, Kind.CHUNK, data, self._store.cache.find([digest])[0])
+
+    def add_chunks(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
+        """As ``add_chunk`` for each, with one look into the index for all.
+
+        What another thread puts between that look and its chunk's turn may be stored twice.
+        """
+        found = self._store.cache.find([digest for digest, _ in chunks])
+        for (digest, data), places in zip(chunks, found, strict=True):
+            self._add(digest, Kind.CHUNK, data, places)
 
     def add_page(self, page: bytes) -> Digest:
         """As ``add_chunk``. Returns its digest."""
         digest = self._store.hash.digest(page)
-        self._add(digest, Kind.PAGE, page)
+        self._add(digest, Kind.PAGE, page, self._store.cache.find([digest])[0])
         return digest
 
     def flush(self) -> None:
@@ -447,10 +456,10 @@ class Session:
         with self._changed:
             return set(self._relied_upon)
 
-    def _add(self, digest: Digest, kind: Kind, data: Buffer) -> bool:
+    def _add(self, digest: Digest, kind: Kind, data: Buffer, places: Sequence[Location]) -> bool:
         if self._is_pending(digest, data):
             return False
-        place = self._store.place_to_rely_on(digest, data)
+        place = self._store.place_to_rely_on(digest, data, places)
         if place is not None:
             with self._changed:
                 self._relied_upon.add(place.pack)
@@ -470,7 +479,7 @@ class Session:
                     self._close_filling()
         if not new:
             # Another thread came first: now it is pending, or stored.
-            return self._add(digest, kind, data)
+            return self._add(digest, kind, data, self._store.cache.find([digest])[0])
         self._put_one()
         return True
 

@@ -77,7 +77,7 @@ class Mapper:
         self.blocker = blocker
         self.catalog = Catalog(blocker)
         self.locks = Locks(self.catalog, node)
-        self._node = node
+        self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
         self._pending: set[LayerId] = set()
@@ -195,17 +195,29 @@ class Mapper:
     @contextmanager
     def new_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
         """An empty layer, durable. Until the end of the block it counts as used although no record names it yet."""
-        record = LayerRecord(new_layer_id(), parent, parent_visible, self._node.id, time.time_ns())
-        with self._mutex:
-            self._pending.add(record.id)
-            self._pending_since_reclaim.add(record.id)
-        try:
+        with self._pending_layer(parent, parent_visible) as record:
             try:
                 self._make_layer(record)
             except ArchipError:
                 with suppress(ArchipError):  # else it is left behind, as by a crash
                     delete_layer(self.catalog, self.blocker, record.id)
                 raise
+            yield record
+
+    @contextmanager
+    def bare_layer(self) -> Iterator[LayerRecord]:
+        """As ``new_layer``, but it has no objects, since it is about to be sealed with what is in packs already."""
+        with self._pending_layer(None, 0) as record:
+            self.catalog.put(record, record.id, None)
+            yield record
+
+    @contextmanager
+    def _pending_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
+        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns())
+        with self._mutex:
+            self._pending.add(record.id)
+            self._pending_since_reclaim.add(record.id)
+        try:
             yield record
         finally:
             with self._mutex:
@@ -260,6 +272,20 @@ class Mapper:
         with self.reserve(name) as reservation, self.new_layer(None, 0) as layer:
             record = self._fresh(reservation, Kind.VOLUME, size, layer.id, None, attributes, request)
             return self.publish(reservation, record)
+
+    def publish_over(
+        self,
+        reservation: Reservation,
+        layer: LayerId,
+        size: int,
+        attributes: Attributes,
+        request: RequestId | None = None,
+    ) -> Versioned[VolumeRecord]:
+        """Commit a volume that begins as what ``layer`` holds, which the caller sees to that it is not deleted."""
+        with self.new_layer(layer, size) as head:
+            return self.publish(
+                reservation, self._fresh(reservation, Kind.VOLUME, size, head.id, None, attributes, request)
+            )
 
     def clone(
         self,
@@ -424,7 +450,7 @@ class Mapper:
             pending = self._pending_since_reclaim = set(self._pending)
 
         def in_use(layer: LayerRecord) -> bool:
-            if layer.node == self._node.id:
+            if layer.node == self.node.id:
                 with self._mutex:
                     return layer.id in pending
             return time.time_ns() - layer.created_ns < FOREIGN_GRACE_NS

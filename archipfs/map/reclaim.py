@@ -37,7 +37,17 @@ def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], 
     if garbage:
         _refuse_gaps(catalog, volumes, layers)
     stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
+    stored_bytes += _delete_sealed_objects(blocker, layers)
     return Reclaimed(len(garbage), stored_bytes)
+
+
+def _delete_sealed_objects(blocker: Blocker, layers: Mapping[LayerId, LayerRecord]) -> int:
+    """Delete what layers were made of before they were sealed: nobody reads that any more, and a crash left it."""
+    sealed = {layer for layer, record in layers.items() if record.sealed is not None}
+    if not sealed:
+        return 0
+    present = {LayerId(key.partition("/")[2]) for kind in ("layer", "bitmap") for key in blocker.list_data(kind)}
+    return sum(delete_objects(blocker, layer) for layer in sealed & present)
 
 
 def _collect(catalog: Catalog) -> tuple[list[VolumeRecord], dict[LayerId, LayerRecord]]:
@@ -84,8 +94,17 @@ def reachable(roots: set[LayerId], layers: Mapping[LayerId, LayerRecord]) -> set
 
 def delete_layer(catalog: Catalog, blocker: Blocker, layer: LayerId) -> int:
     """Delete a layer's objects, then its record, so that a record leads to whatever is left. Returns bytes freed."""
+    stored_bytes = delete_objects(blocker, layer)
+    found = catalog.get(LayerRecord, layer)
+    if found is not None:
+        catalog.delete(LayerRecord, layer, found.version)
+    return stored_bytes
+
+
+def delete_objects(blocker: Blocker, layer: LayerId) -> int:
+    """Delete a layer's data object and bitmap, as far as they are there. Returns bytes freed."""
     stored_bytes = 0
-    for key in (f"layer/{layer}", f"bitmap/{layer}"):
+    for key in (f"bitmap/{layer}", f"layer/{layer}"):
         try:
             data = blocker.open_data(key, writable=False)
         except ObjectMissing:
@@ -93,7 +112,4 @@ def delete_layer(catalog: Catalog, blocker: Blocker, layer: LayerId) -> int:
         stored_bytes += data.allocated()
         data.close()
         blocker.delete_data(key)
-    found = catalog.get(LayerRecord, layer)
-    if found is not None:
-        catalog.delete(LayerRecord, layer, found.version)
     return stored_bytes

@@ -34,7 +34,7 @@ def test_volumes_lie_where_they_were_wanted(cli: Cli, vm1: str, tmp_path: Path) 
     cli("volume-snapshot", "vm2@monday")
     assert cli("volume-list", "-H", "-o", "name,backend").lines == ["vm1\tdefault", "vm2\tfast", "vm2@monday\tfast"]
     info = cli("backend-info", "fast", "--format", "json").json
-    assert (info["volumes"], info["snapshots"], info["logical"]) == (1, 1, 4 << 30)
+    assert (info["volumes"], info["snapshots"], info["provisioned"]) == (1, 1, 4 << 30)
     assert cli("backend-info", "-H", "-o", "name,volumes").out == "default\t1\n"
 
 

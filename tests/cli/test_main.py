@@ -22,6 +22,7 @@ COMMANDS = [
     "backend-info",
     "backend-list",
     "check",
+    "gc",
     "mount",
     "status",
     "umount",
@@ -29,6 +30,7 @@ COMMANDS = [
     "volume-clone",
     "volume-close",
     "volume-create",
+    "volume-import",
     "volume-info",
     "volume-list",
     "volume-lock",
@@ -37,6 +39,7 @@ COMMANDS = [
     "volume-rename",
     "volume-resize",
     "volume-rollback",
+    "volume-seal",
     "volume-snapshot",
     "volume-unlock",
 ]

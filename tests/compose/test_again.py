@@ -367,7 +367,11 @@ def test_what_was_written_to_a_store_that_is_not_configured_just_now_is_kept(wor
     first.open(first.find("vm")).write(0, pattern(3))
     first.abandon()
     elsewhere = World(tmp_path / "elsewhere")
-    Composer({BACKEND: elsewhere.mapper()}, LiveBitmaps(world.directory / "one"), BACKEND).recover()
+    mapper = elsewhere.mapper()
+    live = LiveBitmaps(world.directory / "one")
+    stores, close = elsewhere.sealed_stores(mapper)
+    Composer({BACKEND: mapper}, live, stores, BACKEND).recover()
+    close()
     assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
 
 

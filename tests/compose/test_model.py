@@ -21,6 +21,7 @@ from archipfs.compose import composer as composer_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import Busy, InvalidInput, NotFound
+from archipfs.map.gc import Collector
 from archipfs.map.records import Kind
 from archipfs.types import SECTOR_BYTES
 from tests.compose.world import World
@@ -420,6 +421,24 @@ class ComposerModel(RuleBasedStateMachine):
     def reclaim(self) -> None:
         self.composer.reclaim()
 
+    @rule(number=pick, live=st.booleans())
+    def seal(self, number: int, live: bool) -> None:
+        name = self.choose(number)
+        if name is None:
+            return
+        self.composer.seal(name, live=live, threads=1)
+        if self.expected[name].writable:
+            self.expected[name].flushed()
+
+    @rule()
+    def collect_garbage(self) -> None:
+        self.composer.reclaim()
+        self.collect(self.composer)
+
+    def collect(self, composer: Composer) -> None:
+        mapper, store = composer.mapper(), composer.sealed_store(composer.mapper())
+        Collector(mapper.catalog, mapper.blocker, store.chunks, mapper.node.id, store.forget).collect()
+
     @rule()
     def process_crash(self) -> None:
         self.start_again(power_lost=False)
@@ -481,6 +500,27 @@ class ComposerModel(RuleBasedStateMachine):
                 source.flushed()
                 self.expected[copy] = Expected(0, True)
                 self.expected[copy].share(source, 0, copied)
+        if power:
+            self.adopt_all()
+
+    @rule(number=pick, calls=st.integers(1, 30), seed=seeds, power=st.booleans(), live=st.booleans())
+    def crash_in_a_seal(self, number: int, calls: int, seed: int, power: bool, live: bool) -> None:
+        name = self.choose(number)
+        if name is None:
+            return
+
+        def seal(composer: Composer) -> None:
+            composer.seal(name, live=live, threads=1)
+
+        self.crash_in(seal, calls, seed)
+        self.start_again(power_lost=power, seed=seed)
+        if power:
+            self.adopt_all()
+
+    @rule(calls=st.integers(1, 30), seed=seeds, power=st.booleans())
+    def crash_in_a_collection(self, calls: int, seed: int, power: bool) -> None:
+        self.crash_in(self.collect, calls, seed)
+        self.start_again(power_lost=power, seed=seed)
         if power:
             self.adopt_all()
 

@@ -4,6 +4,9 @@ import hashlib
 import os
 import random
 import shutil
+import tempfile
+import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
+from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.errors import StoreError
 from archipfs.map.check import Finding, Severity, check_backend
 from archipfs.map.locks import Node
@@ -144,7 +148,25 @@ class World:
         return Mapper(BACKEND, blocker or self.store, node, format_bitmap)
 
     def composer(self, blocker: Blocker | None = None, host: str = "one") -> Composer:
-        return Composer({BACKEND: self.mapper(blocker, host)}, LiveBitmaps(self.directory / host), BACKEND)
+        mapper = self.mapper(blocker, host)
+        stores, close = self.sealed_stores(mapper)
+        composer = Composer({BACKEND: mapper}, LiveBitmaps(self.directory / host), stores, BACKEND)
+        weakref.finalize(composer, close)
+        return composer
+
+    def sealed_stores(self, mapper: Mapper) -> tuple[dict[str, SealedStore], Callable[[], None]]:
+        """With a cache of its own for each process, so that a process need not end before the next one begins; and what
+        closes and removes that."""
+        caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"  # made when it is needed
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
+        store = SealedStore(mapper, shared)
+
+        def close() -> None:
+            store.close()
+            shared.close()
+            shutil.rmtree(caches, ignore_errors=True)
+
+        return {BACKEND: store}, close
 
     def mortal(self, plan: FaultPlan | None = None, host: str = "one") -> MortalBlocker:
         """For a process that is going to crash."""

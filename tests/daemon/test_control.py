@@ -1,16 +1,20 @@
 """The control socket: several clients, nonsense, and clients that go away."""
 
 import json
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from archipfs.config import load_config
-from archipfs.daemon import control
+from archipfs.daemon import commands, control
 from archipfs.daemon.client import connect_daemon
-from archipfs.daemon.node import create_default_backend, open_node
+from archipfs.daemon.commands import COMMANDS, Sent
+from archipfs.daemon.node import Node, create_default_backend, open_node
 from archipfs.errors import NotFound
 
 
@@ -102,3 +106,74 @@ def test_arguments_of_the_wrong_kind_are_answered_and_end_nothing(tmp_path: Path
             assert json.loads(await stream.receive_some()) == {"answer": []}
 
     serve_while(tmp_path, talk)
+
+
+@contextmanager
+def long_command(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A command that goes on until its progress raises; the event is set when it has ended so."""
+    ended = threading.Event()
+
+    def count(node: Node, sent: Sent, until: int) -> int:
+        try:
+            for done in range(until):
+                sent.progress(done, until)
+                time.sleep(0.01)
+        except BaseException:
+            ended.set()
+            raise
+        return until
+
+    monkeypatch.setitem(COMMANDS, "count", count)
+    monkeypatch.setattr(commands, "LONG", commands.LONG | {"count"})
+    yield ended
+
+
+def test_a_long_command_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, int]] = []
+
+    def ask() -> None:
+        client = connect_daemon(load_config(root=tmp_path))
+        assert client is not None
+        with client:
+            assert client.follow("count", lambda done, total: said.append((done, total)), until=40) == 40
+            assert client.call("count", until=1) == 1
+
+    with long_command(monkeypatch):
+        serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
+    assert len(said) > 1
+    assert said == sorted(said)
+    assert {total for _, total in said} == {40}
+
+
+def test_hanging_up_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class EnoughSeenError(Exception):
+        pass
+
+    def enough(done: int, total: int) -> None:
+        raise EnoughSeenError
+
+    def ask() -> None:
+        client = connect_daemon(load_config(root=tmp_path))
+        assert client is not None
+        with client, pytest.raises(EnoughSeenError):
+            client.follow("count", enough, until=100_000)
+        assert ended.wait(5)
+
+    with long_command(monkeypatch) as ended:
+        serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
+
+
+def test_the_end_of_the_daemon_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talk() -> None:
+        stream = await trio.open_unix_socket(str(tmp_path / "run" / control.SOCKET_NAME))
+        streams.append(stream)
+        request = {"command": "count", "arguments": {"until": 100_000}, "progress": True}
+        await stream.send_all(json.dumps(request).encode() + b"\n")
+        assert json.loads(await stream.receive_some())["progress"][1] == 100_000
+
+    streams: list[trio.SocketStream] = []  # they stay open: it is not the hanging up that ends the command
+    with long_command(monkeypatch) as ended:
+        serve_while(tmp_path, talk)
+        assert ended.is_set()
+    for stream in streams:
+        stream.socket.close()

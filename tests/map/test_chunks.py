@@ -18,7 +18,7 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreUnavailable
 from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
-from archipfs.map.chunks import ChunkStore, Session, Swept, pack_key
+from archipfs.map.chunks import ChunkStore, Location, Session, Swept, pack_key
 from archipfs.map.hashes import ContentHash, content_hash
 from archipfs.map.packs import Coding, Kind
 from archipfs.map.records import CondemnedRecord, DamageRecord
@@ -648,8 +648,8 @@ def test_two_threads_with_the_same_chunk_store_it_once(
     real = store.place_to_rely_on
     looks = itertools.count()
 
-    def look(digest: Digest, data: bytes) -> object:
-        found = real(digest, data)
+    def look(digest: Digest, data: bytes, places: Sequence[Location]) -> object:
+        found = real(digest, data, places)
         if next(looks) < 2:
             looked.wait(10)
         return found

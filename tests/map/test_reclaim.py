@@ -215,7 +215,7 @@ def test_where_a_layer_in_use_is_missing_nothing_is_swept(world: World) -> None:
     for number in range(3):
         composer.snapshot("vm", f"snap{number}")
     found = composer.find("vm")
-    chain = [layer.record.id for layer in found.mapper.catalog.chain(found.record.layer)]
+    chain = [layer.id for layer in found.mapper.catalog.chain(found.record.layer)]
     for number in range(3):
         composer.remove(f"snap{number}")
     lost = found.mapper.catalog.layer(chain[1])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from archipfs.compose.composer import Composer, Found
-from archipfs.compose.describe import describe, describe_lock, origin_of
+from archipfs.compose.describe import describe, describe_lock, origin_of, state_of
 from archipfs.endpoints.fuse.commands import Caller, clone, name_of, snapshot
 from archipfs.errors import InvalidInput, NotSupported, StoreFull
 from archipfs.map.records import VolumeRecord
@@ -40,12 +40,19 @@ def _unlock(composer: Composer, found: Found, value: str, caller: Caller) -> Non
     composer.unlock(name_of(found), force=value == "force")
 
 
+def _seal(composer: Composer, found: Found, value: str, caller: Caller) -> None:
+    if value not in ("", "live"):
+        raise InvalidInput(f"{PREFIX}seal takes no value or 'live', not {value!r}")
+    composer.seal(name_of(found), live=value == "live")
+
+
 COMMANDS: dict[str, Command] = {
     "snapshot": snapshot,
     "clone": clone,
     "rollback": _rollback,
     "lock": _lock,
     "unlock": _unlock,
+    "seal": _seal,
 }
 
 
@@ -58,17 +65,13 @@ def _held(composer: Composer, found: Found) -> str:
     return json.dumps(describe_lock(lock)) if lock is not None else ""
 
 
-def _state(composer: Composer, found: Found) -> str:
-    return "open" if composer.is_open(found.record.id) else "closed"
-
-
 FACTS: dict[str, Fact] = {
     "info": _info,
     "uuid": lambda composer, found: found.record.id,
     "kind": lambda composer, found: found.record.kind.value,
     "parent": lambda composer, found: origin_of(found) or "",
     "lock": _held,
-    "state": _state,
+    "state": state_of,
 }
 
 

@@ -1,0 +1,357 @@
+"""Reading sealed layers: from a region's number to places in open packs, for the engine.
+
+    region ─▶ leaf page (the layer's tree) ─▶ extents, chunks' digests ─▶ places in packs (the index) ─▶ open packs
+
+The places are kept in LMDB by the leaf's digest, so that a region is one look-up, whichever layers have it. A place is
+in a pack's own bytes where the pack has a descriptor and the chunk is not compressed. Else it is in the pack's
+*unpacked view*, a data object without a descriptor, whose reads go through the object cache: the chunk that lies at
+byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
+"""
+
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import structlog
+
+from archipfs.blockers.contract import DataObject
+from archipfs.compose.engine import PACK_DAMAGED, EngineLayer, EnginePack, ExtentTable, Region
+from archipfs.compose.engine.extents import EXTENT
+from archipfs.compose.object_cache import ObjectCache
+from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
+from archipfs.map.cache import Cache
+from archipfs.map.chunks import ChunkStore, Location
+from archipfs.map.hashes import content_hash
+from archipfs.map.mapper import Mapper
+from archipfs.map.packs import Coding, Kind
+from archipfs.map.pages import Extent, decode_leaf
+from archipfs.map.records import LayerRecord
+from archipfs.map.tree import REGIONS_MAX, Tree
+from archipfs.types import CHUNK_SECTORS_MAX, SECTOR_BYTES, Digest, PackId
+
+log = structlog.get_logger()
+
+PACKS_OPEN_MAX = 1024
+"""Those kept open because somebody may read them soon; the regions in the engine's table keep theirs beside that."""
+PACKS_OPENED_MAX = 16384
+"""After that many were opened, the engine's table is emptied: so many descriptors at most are in use."""
+LOG_SECONDS = 2.0
+NODES_KEPT = 32
+"""How many runs of 256 regions a layer remembers the leaves of."""
+CHUNK_BYTES_MAX = CHUNK_SECTORS_MAX * SECTOR_BYTES
+UNPACKED_BYTES = (1 << 32) * CHUNK_BYTES_MAX
+"""Whatever a pack's unpacked view may reach to: places in a pack are 32 bits."""
+
+_COUNTS = struct.Struct("<II")
+"""Packs, extents."""
+_PACK = struct.Struct("<?32s")
+"""Whether it is the unpacked view, and the pack's id."""
+
+_PackName = tuple[bool, PackId]
+
+
+class Shared:
+    """What all backends of a node have in common for reading sealed layers; made when the first of them needs it."""
+
+    def __init__(self, state_dir: Path, *, table_bytes_max: int, objects_bytes_max: int) -> None:
+        self.directory = state_dir / "cache"
+        self._table_bytes_max = table_bytes_max
+        self._objects_bytes_max = objects_bytes_max
+        self._mutex = threading.Lock()
+        self._table: ExtentTable | None = None
+        self._objects: ObjectCache | None = None
+
+    @property
+    def table(self) -> ExtentTable:
+        with self._mutex:
+            if self._table is None:
+                self._table = ExtentTable(self._table_bytes_max)
+            return self._table
+
+    @property
+    def objects(self) -> ObjectCache:
+        with self._mutex:
+            if self._objects is None:
+                self._objects = ObjectCache(self.directory / "objects", self._objects_bytes_max)
+            return self._objects
+
+    def close(self) -> None:
+        """When no layer is open any more."""
+        with self._mutex:
+            if self._table is not None:
+                self._table.close()
+            if self._objects is not None:
+                self._objects.close()
+
+
+class SealedStore:
+    """The sealed data of one backend. Thread-safe. Costs nothing before something is sealed or read."""
+
+    def __init__(self, mapper: Mapper, shared: Shared) -> None:
+        self._mapper = mapper
+        self._shared = shared
+        self._mutex = threading.Lock()
+        self._cache: Cache | None = None
+        self._chunks: ChunkStore | None = None
+        self._packs: OrderedDict[_PackName, EnginePack] = OrderedDict()
+        self._opened = 0
+        self._descriptors: bool | None = None
+
+    @property
+    def chunks(self) -> ChunkStore:
+        """Opened at the first call, which may have to read what is new in the store."""
+        with self._mutex:
+            if self._chunks is None:
+                self._cache, self._chunks = self._open_chunks()
+            return self._chunks
+
+    def _open_chunks(self) -> tuple[Cache, ChunkStore]:
+        store = self._mapper.store
+        cache = Cache(self._shared.directory / store.id)
+        try:
+            chunks = ChunkStore(
+                self._mapper.blocker,
+                cache,
+                content_hash(store.hash),
+                node=self._mapper.node.id,
+                compression=store.compression,
+            )
+            chunks.refresh(_log_progress(self._mapper.backend))
+        except BaseException:
+            cache.close()
+            raise
+        return cache, chunks
+
+    def open_layer(self, record: LayerRecord) -> EngineLayer:
+        """The engine's layer for one that is sealed."""
+        assert record.sealed is not None
+        resolver = _Resolver(self, Digest(bytes.fromhex(record.sealed.root)))
+        return EngineLayer.sealed(record.id, self._shared.table, resolver)
+
+    def forget(self, packs: Iterable[PackId]) -> None:
+        """Packs were deleted, or damaged ones were mended: find everything anew."""
+        self.chunks.forget(packs)
+        self._shared.table.forget()
+        self._drop_packs()
+
+    def close(self) -> None:
+        """When no layer is open any more."""
+        self._drop_packs()
+        with self._mutex:
+            if self._cache is not None:
+                self._cache.close()
+            self._chunks, self._cache = None, None
+
+    # For the resolvers
+
+    def region(self, leaf: Digest) -> tuple[bytes, Sequence[EnginePack]]:
+        """The extents of a leaf page, and the packs that they name by their place in the list."""
+        known = self.chunks.region_get(leaf)
+        if known is not None:
+            try:
+                return self._opened_region(known)
+            except (ObjectMissing, ObjectDamaged):
+                self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
+        made, whole = self._resolve(leaf)
+        if whole:
+            self.chunks.region_put(leaf, made)
+        return self._opened_region(made)
+
+    def _opened_region(self, blob: bytes) -> tuple[bytes, Sequence[EnginePack]]:
+        count, _ = _COUNTS.unpack_from(blob)
+        names = [_PACK.unpack_from(blob, _COUNTS.size + index * _PACK.size) for index in range(count)]
+        packs = [self._pack((unpacked, PackId(ident.hex()))) for unpacked, ident in names]
+        return blob[_COUNTS.size + count * _PACK.size :], packs
+
+    def _resolve(self, leaf: Digest) -> tuple[bytes, bool]:
+        """A region as it is kept, and whether all of it can be read."""
+        extents = decode_leaf(self.chunks.page(leaf))
+        locations = self._locate(extents)
+        names: dict[_PackName, int] = {}
+        places = []
+        for extent, location in zip(extents, locations, strict=True):
+            if location is None:
+                places.append(EXTENT.pack(extent.first, extent.count, PACK_DAMAGED, 0))
+                continue
+            unpacked = location.coding is not Coding.RAW or not self._has_descriptors(location.pack)
+            start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
+            index = names.setdefault((unpacked, location.pack), len(names))
+            places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
+        packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
+        blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
+        return blob, None not in locations
+
+    def _locate(self, extents: Sequence[Extent]) -> Sequence[Location | None]:
+        """Where the chunks lie; ``None`` for one that nobody can read."""
+        try:
+            return self.chunks.locate_all([extent.digest for extent in extents])
+        except (ObjectMissing, ObjectDamaged):
+            return [self._locate_one(extent.digest) for extent in extents]
+
+    def _locate_one(self, digest: Digest) -> Location | None:
+        try:
+            return self.chunks.locate(digest)
+        except (ObjectMissing, ObjectDamaged):
+            return None
+
+    def _has_descriptors(self, pack: PackId) -> bool:
+        """Whether the driver gives descriptors of its packs; this one tells for all of them."""
+        if self._descriptors is None:
+            opened = self.chunks.open_pack(pack)
+            try:
+                self._descriptors = opened.fileno() is not None
+            finally:
+                opened.close()
+        return self._descriptors
+
+    def _pack(self, name: _PackName) -> EnginePack:
+        with self._mutex:
+            known = self._packs.get(name)
+            if known is not None:
+                self._packs.move_to_end(name)
+                return known
+        unpacked, pack = name
+        if unpacked:
+            opened = EnginePack(pack, _Unpacked(self, pack), UNPACKED_BYTES)
+        else:
+            data = self.chunks.open_pack(pack)
+            opened = EnginePack(pack, data, data.size())
+        with self._mutex:
+            self._packs[name] = opened
+            if len(self._packs) > PACKS_OPEN_MAX:
+                self._packs.popitem(last=False)
+            self._opened += 1
+            crowded = self._opened > PACKS_OPENED_MAX
+            if crowded:
+                self._opened = 0
+        if crowded:
+            self._shared.table.forget()
+        return opened
+
+    def _drop_packs(self) -> None:
+        """Each is closed as soon as nobody has it in hand any more, a region in the table or a thread in here."""
+        with self._mutex:
+            self._packs.clear()
+            self._opened = 0
+
+    def read_chunk(self, digest: Digest, offset: int, length: int) -> bytes:
+        """A range of a chunk, through the object cache."""
+        return self._shared.objects.read(digest, offset, length, lambda: self.chunks.read(digest))
+
+
+def _log_progress(backend: str) -> Callable[[int, int], None]:
+    """Says in the log how far it is with learning what packs there are, where that takes a while."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            log.info("reading which chunks the packs have", backend=backend, packs=total, done=done)
+
+    return progress
+
+
+class _Resolver:
+    """Where the regions of one map lie; the engine asks for one at a time, from any thread."""
+
+    def __init__(self, store: SealedStore, root: Digest) -> None:
+        self._store = store
+        self._tree = Tree(store.chunks.page, root)
+        self._mutex = threading.Lock()
+        self._runs: OrderedDict[int, dict[int, Digest]] = OrderedDict()
+
+    def __call__(self, region: int) -> Region:
+        leaf = self._run_of(region).get(region)
+        if leaf is None:
+            return Region(region, self._next_from(region), b"", ())
+        extents, packs = self._store.region(leaf)
+        return Region(region, region + 1, extents, packs)
+
+    def _run_of(self, region: int) -> dict[int, Digest]:
+        """The leaves of the 256 regions around, in order: what one page above the leaves says."""
+        number = region >> 8
+        with self._mutex:
+            if number in self._runs:
+                self._runs.move_to_end(number)
+                return self._runs[number]
+        run = {}
+        for each, leaf in self._tree.regions(number << 8):
+            if each >> 8 != number:
+                break
+            run[each] = leaf
+        with self._mutex:
+            self._runs[number] = run
+            if len(self._runs) > NODES_KEPT:
+                self._runs.popitem(last=False)
+        return run
+
+    def _next_from(self, region: int) -> int:
+        """The first region from ``region`` on that is no hole; the end of all regions if there is none."""
+        within = next((each for each in self._run_of(region) if each >= region), None)
+        if within is not None:
+            return within
+        following = next(self._tree.regions(((region >> 8) + 1) << 8), None)
+        return following[0] if following is not None else REGIONS_MAX
+
+
+class _Unpacked(DataObject):
+    """A pack's unpacked view: read-only, and only within one chunk at a time."""
+
+    def __init__(self, store: SealedStore, pack: PackId) -> None:
+        self._store = store
+        self._pack = pack
+        self._mutex = threading.Lock()
+        self._digests: dict[int, Digest] | None = None
+
+    def pread(self, offset: int, length: int) -> bytes:
+        start, inner = divmod(offset, CHUNK_BYTES_MAX)
+        digest = self._chunks().get(start)
+        if digest is None:
+            raise ObjectMissing(f"pack {self._pack} has no chunk at {start}; run `archip check`")
+        data = self._store.read_chunk(digest, inner, length)
+        if len(data) != length:
+            raise ObjectDamaged(f"a chunk in pack {self._pack} ends before {inner + length}; run `archip check --data`")
+        return data
+
+    def _chunks(self) -> dict[int, Digest]:
+        """The pack's chunks by where they lie in it; about 100 bytes each."""
+        with self._mutex:
+            if self._digests is None:
+                entries = self._store.chunks.index(self._pack).entries
+                self._digests = {entry.offset: entry.digest for entry in entries if entry.kind is Kind.CHUNK}
+            return self._digests
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        raise self._immutable()
+
+    def punch(self, offset: int, length: int) -> None:
+        raise self._immutable()
+
+    def truncate(self, size: int) -> None:
+        raise self._immutable()
+
+    def flush(self) -> None:
+        raise self._immutable()
+
+    def _immutable(self) -> StoreError:
+        return StoreError(f"pack {self._pack} never changes; this is a bug, please report it")
+
+    def size(self) -> int:
+        return UNPACKED_BYTES
+
+    def allocated(self) -> int:
+        return 0
+
+    def next_data(self, offset: int) -> int | None:
+        raise NotSupported(f"pack {self._pack} is read by place only; this is a bug, please report it")
+
+    def next_hole(self, offset: int) -> int:
+        raise NotSupported(f"pack {self._pack} is read by place only; this is a bug, please report it")
+
+    def close(self) -> None:
+        with self._mutex:
+            self._digests = None

@@ -1,0 +1,119 @@
+"""Sealing in the background: what is old enough is sealed, slowly enough, and not while somebody waits for a seal.
+
+Call it in threads of one's own; it ends early when trio cancels the task that waits for the thread.
+"""
+
+import time
+from collections.abc import Iterator
+
+import structlog
+import trio
+
+from archipfs.compose.composer import Composer, Found
+from archipfs.config import SealConfig
+from archipfs.errors import ArchipError, LockHeld, NotFound
+from archipfs.map.records import LayerRecord
+from archipfs.types import LayerId, VolumeId
+
+log = structlog.get_logger()
+
+LOOK_SECONDS_MAX = 60.0
+"""How often to look for what is old enough; that takes a look at all records."""
+RETRY_SECONDS = 3600.0
+"""How long what could not be sealed is left alone."""
+PAUSE_SECONDS = 0.2
+"""A thread that waits sees that often whether it is to end."""
+
+
+class _GivesWay(Exception):
+    """Somebody waits for another seal, which should have the machine."""
+
+
+class BackgroundSealing:
+    """Of one node. Used by one thread at a time."""
+
+    def __init__(self, composer: Composer, config: SealConfig) -> None:
+        self._composer = composer
+        self._config = config
+        self._next_look = 0.0
+        self._left_alone: dict[VolumeId, float] = {}
+        """Until when."""
+
+    def seal_what_is_due(self) -> None:
+        """Look, if it is time to, and seal what is found. Errors are logged, and tried again in an hour."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._left_alone = {volume: until for volume, until in self._left_alone.items() if until > now}
+        for found, live in list(self._due()):
+            try:
+                self._seal(found, live)
+            except _GivesWay:
+                break  # and look again soon
+            except (LockHeld, NotFound):
+                continue  # open on another node, or removed since
+            except ArchipError as error:
+                self._left_alone[found.record.id] = time.monotonic() + RETRY_SECONDS
+                log.error("not sealed, it is tried again in an hour", volume=found.record.name, error=str(error))
+        else:
+            least = min(self._config.after_seconds, self._config.live_after_seconds or LOOK_SECONDS_MAX)
+            self._next_look = time.monotonic() + min(LOOK_SECONDS_MAX, least)
+
+    def _due(self) -> Iterator[tuple[Found, bool]]:
+        """Volumes and snapshots that have something to seal, and whether the volume's head is to be frozen for it."""
+        unsealed = {
+            mapper.backend: {
+                found.record.id: found.record
+                for _, found in mapper.catalog.list(LayerRecord, skip_damaged=True)
+                if found.record.sealed is None
+            }
+            for mapper in self._composer.mappers.values()
+        }
+        for found in self._composer.volumes():
+            if found.record.id in self._left_alone:
+                continue
+            layers = unsealed[found.mapper.backend]
+            if self._is_idle(found):
+                yield found, True
+            elif self._is_old(found, layers):
+                yield found, False
+
+    def _is_old(self, found: Found, unsealed: dict[LayerId, LayerRecord]) -> bool:
+        """Whether its frozen layer has been frozen for long enough, and has no map."""
+        record = found.record
+        if not record.writable:
+            return record.layer in unsealed and _age_seconds(record.created_ns) >= self._config.after_seconds
+        head = unsealed.get(record.layer)
+        # The head is as old as what lies below it has been frozen.
+        return (
+            head is not None and head.parent in unsealed and _age_seconds(head.created_ns) >= self._config.after_seconds
+        )
+
+    def _is_idle(self, found: Found) -> bool:
+        """Whether it is a volume that was not written for so long that what it holds is to be sealed."""
+        record, wanted = found.record, self._config.live_after_seconds
+        if not wanted or not record.writable or record.size == 0 or _age_seconds(record.mtime_ns) < wanted:
+            return False
+        return self._composer.stored_bytes(found) > 0
+
+    def _seal(self, found: Found, live: bool) -> None:
+        started = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            self._pause()
+            while self._config.bandwidth and time.monotonic() - started < done / self._config.bandwidth:
+                time.sleep(PAUSE_SECONDS)
+                self._pause()
+
+        self._composer.seal(
+            str(found.record.name), live=live, threads=self._config.threads, progress=progress, waited_for=False
+        )
+
+    def _pause(self) -> None:
+        trio.from_thread.check_cancelled()
+        if self._composer.seals_waited_for:
+            raise _GivesWay
+
+
+def _age_seconds(since_ns: int) -> float:
+    return (time.time_ns() - since_ns) / 1e9

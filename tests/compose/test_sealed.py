@@ -1,0 +1,188 @@
+"""Reading sealed layers: out of packs by descriptor and through the object cache, beside damage, and without caches."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from archipfs.blockers.contract import Blocker
+from archipfs.blockers.memory import MemoryBlocker
+from archipfs.blockers.registry import create_blocker
+from archipfs.compose.composer import Composer
+from archipfs.compose.sealed import SealedStore
+from archipfs.errors import StoreError
+from archipfs.map.catalog import STORE_IDENT, Catalog
+from archipfs.map.packs import Coding, Kind
+from archipfs.map.records import DamageRecord
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
+from tests.compose.world import World, content_of
+
+SECTORS = 1500
+
+
+def noise(seed: int, sectors: int) -> bytes:
+    """Which zstd makes half as large."""
+    return b"".join(random.Random(seed * 10000 + number).randbytes(SECTOR_BYTES // 2) * 2 for number in range(sectors))
+
+
+def make_world(directory: Path, driver: str, hash_name: str, compression: str) -> World:
+    blocker: Blocker = MemoryBlocker() if driver == "memory" else create_blocker(driver, {"path": str(directory / "s")})
+    world = World(directory / "nodes", blocker)
+    catalog = Catalog(blocker)
+    found = catalog.store()
+    assert found is not None
+    record = msgspec.structs.replace(found.record, hash=hash_name, compression=compression)
+    catalog.put(record, STORE_IDENT, found.version)
+    return world
+
+
+KINDS = [
+    ("file", "blake3", "none"),
+    ("file", "sha256", "zstd"),
+    ("memory", "blake3", "none"),
+    ("memory", "xxh3-128", "zstd"),
+]
+
+
+@pytest.fixture(params=KINDS, ids=["-".join(kind) for kind in KINDS])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    return make_world(tmp_path, *request.param)
+
+
+@pytest.fixture
+def composer(world: World) -> Iterator[Composer]:
+    composer = world.composer()
+    yield composer
+    composer.close_all()
+
+
+def sealed_snapshot(composer: Composer) -> bytes:
+    composer.create("vm", SECTORS * SECTOR_BYTES)
+    content = noise(1, SECTORS // 2) + bytes(REGION_BYTES // 2)
+    content = (content + noise(2, 100)).ljust(SECTORS * SECTOR_BYTES, b"\0")
+    with composer.using(composer.find("vm")) as opened:
+        opened.write(0, content)
+    composer.snapshot("vm", "snap")
+    composer.seal("snap")
+    return content
+
+
+def store_of(composer: Composer) -> SealedStore:
+    return composer.sealed_store(composer.mapper())
+
+
+def test_every_range_reads_right(composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    choose = random.Random(3)
+    with composer.using(composer.find("snap")) as opened:
+        for _ in range(300):
+            offset = choose.randrange(len(content))
+            length = choose.choice((1, 512, SECTOR_BYTES, 100_000))
+            assert opened.read(offset, length) == content[offset : offset + length]
+
+
+def test_a_node_without_caches_reads_the_same(world: World, composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    assert content_of(world.composer(), "snap") == content
+
+
+def test_caches_that_are_deleted_come_back(world: World, composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    mapper = world.mapper()
+    for _ in range(2):
+        stores, close = world.sealed_stores(mapper)
+        directory = next(iter(stores.values()))._shared.directory
+        reader = Composer({"default": mapper}, composer._live["default"], stores, "default")
+        assert content_of(reader, "snap") == content
+        assert directory.exists()
+        close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def chunks_of(composer: Composer) -> list[tuple[PackId, bytes, Coding]]:
+    store = store_of(composer).chunks
+    return [
+        (pack, entry.digest, entry.coding)
+        for pack in store.packs()
+        for entry in store.index(pack).entries
+        if entry.kind is Kind.CHUNK
+    ]
+
+
+def test_only_what_is_known_to_be_damaged_fails(world: World, composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    pack, digest, _ = chunks_of(composer)[3]
+    Catalog(world.store).put(DamageRecord(pack, [digest.hex()]), pack, None)
+    reader = world.composer()
+    failed = 0
+    with reader.using(reader.find("snap")) as opened:
+        for offset in range(0, len(content), SECTOR_BYTES):
+            try:
+                assert opened.read(offset, SECTOR_BYTES) == content[offset : offset + SECTOR_BYTES]
+            except StoreError:
+                failed += 1
+    assert 1 <= failed <= 128
+
+
+def test_after_packs_were_collected_chunks_are_found_where_they_went(world: World, composer: Composer) -> None:
+    """Both by who collected them and by another node, which has all of it open."""
+    content = sealed_snapshot(composer)
+    other = world.composer(host="two")
+    with composer.using(composer.find("snap")) as mine, other.using(other.find("snap")) as theirs:
+        assert mine.read(0, len(content)) == theirs.read(0, len(content)) == content
+        store = store_of(composer).chunks
+        old = store.packs()
+        copy_all(composer)
+        for pack in old:
+            world.store.delete(f"pack/{pack}")
+        store_of(composer).forget(old)
+        assert mine.read(0, len(content)) == content
+        assert theirs.read(0, len(content)) == content
+    fresh = world.composer(host="two")
+    assert content_of(fresh, "snap") == content
+
+
+def copy_all(composer: Composer) -> None:
+    """Everything that the packs have, in other packs: those that there are count as condemned meanwhile."""
+    store = store_of(composer).chunks
+    marks = store._marks
+    with store.session() as session:
+        store._marks = marks._replace(condemned=frozenset(store.packs()))
+        for pack in store.packs():
+            for entry in store.index(pack).entries:
+                data = store.read(entry.digest)
+                if entry.kind is Kind.PAGE:
+                    session.add_page(data)
+                else:
+                    session.add_chunk(entry.digest, data)
+        session.flush()
+    store._marks = marks
+
+
+def test_sealed_volumes_are_copied_and_written_like_others(composer: Composer) -> None:
+    content = bytearray(sealed_snapshot(composer))
+    composer.create("target", SECTORS * SECTOR_BYTES)
+    with composer.using(composer.find("snap")) as source, composer.using(composer.find("target")) as target:
+        done = 0
+        while done < len(content):
+            done += composer.copy_range(source, done, target, done, len(content) - done)
+        assert target.read(0, len(content)) == bytes(content)
+    with composer.using(composer.find("vm")) as opened:
+        opened.write(5000, b"within a sector whose rest is in a pack")
+        content[5000:5039] = b"within a sector whose rest is in a pack"
+        assert opened.read(0, len(content)) == bytes(content)
+
+
+def test_open_packs_are_bounded(world: World, composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(composer)
+    store.chunks.pack_bytes = 64 << 10
+    monkeypatch.setattr("archipfs.compose.sealed.PACKS_OPEN_MAX", 3)
+    monkeypatch.setattr("archipfs.compose.sealed.PACKS_OPENED_MAX", 7)
+    content = sealed_snapshot(composer)
+    assert len(store.chunks.packs()) > 10
+    for _ in range(2):
+        assert content_of(composer, "snap") == content
+    assert len(store._packs) <= 3
