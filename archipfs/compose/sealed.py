@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -23,11 +24,11 @@ from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
-from archipfs.map.chunks import ChunkStore, Location
+from archipfs.map.chunks import ChunkStore
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
-from archipfs.map.packs import Coding, Kind
-from archipfs.map.pages import Extent, decode_leaf
+from archipfs.map.packs import Coding, Entry, Kind
+from archipfs.map.pages import decode_leaf
 from archipfs.map.records import LayerRecord
 from archipfs.map.tree import REGIONS_MAX, Tree
 from archipfs.types import CHUNK_SECTORS_MAX, SECTOR_BYTES, Digest, PackId
@@ -151,14 +152,13 @@ class SealedStore:
         """The extents of a leaf page, and the packs that they name by their place in the list."""
         known = self.chunks.region_get(leaf)
         if known is not None:
-            try:
+            with suppress(ObjectMissing, ObjectDamaged):
                 return self._opened_region(known)
-            except (ObjectMissing, ObjectDamaged):
-                self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
-        made, whole = self._resolve(leaf)
-        if whole:
-            self.chunks.region_put(leaf, made)
-        return self._opened_region(made)
+        else:
+            with suppress(ObjectMissing, ObjectDamaged):
+                return self._opened_region(self._resolve(leaf))
+        self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
+        return self._opened_region(self._resolve(leaf))
 
     def _opened_region(self, blob: bytes) -> tuple[bytes, Sequence[EnginePack]]:
         count, _ = _COUNTS.unpack_from(blob)
@@ -166,10 +166,10 @@ class SealedStore:
         packs = [self._pack((unpacked, PackId(ident.hex()))) for unpacked, ident in names]
         return blob[_COUNTS.size + count * _PACK.size :], packs
 
-    def _resolve(self, leaf: Digest) -> tuple[bytes, bool]:
-        """A region as it is kept, and whether all of it can be read."""
+    def _resolve(self, leaf: Digest) -> bytes:
+        """A region as it is kept; it is kept if all of it can be read."""
         extents = decode_leaf(self.chunks.page(leaf))
-        locations = self._locate(extents)
+        locations = self.chunks.locate_each([extent.digest for extent in extents])
         names: dict[_PackName, int] = {}
         places = []
         for extent, location in zip(extents, locations, strict=True):
@@ -182,20 +182,9 @@ class SealedStore:
             places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
         packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
         blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
-        return blob, None not in locations
-
-    def _locate(self, extents: Sequence[Extent]) -> Sequence[Location | None]:
-        """Where the chunks lie; ``None`` for one that nobody can read."""
-        try:
-            return self.chunks.locate_all([extent.digest for extent in extents])
-        except (ObjectMissing, ObjectDamaged):
-            return [self._locate_one(extent.digest) for extent in extents]
-
-    def _locate_one(self, digest: Digest) -> Location | None:
-        try:
-            return self.chunks.locate(digest)
-        except (ObjectMissing, ObjectDamaged):
-            return None
+        if None not in locations:
+            self.chunks.region_put(leaf, blob)
+        return blob
 
     def _has_descriptors(self, pack: PackId) -> bool:
         """Whether the driver gives descriptors of its packs; this one tells for all of them."""
@@ -321,9 +310,17 @@ class _Unpacked(DataObject):
         """The pack's chunks by where they lie in it; about 100 bytes each."""
         with self._mutex:
             if self._digests is None:
-                entries = self._store.chunks.index(self._pack).entries
+                entries = self._entries()
                 self._digests = {entry.offset: entry.digest for entry in entries if entry.kind is Kind.CHUNK}
             return self._digests
+
+    def _entries(self) -> Sequence[Entry]:
+        try:
+            return self._store.chunks.index(self._pack).entries
+        except ObjectMissing:
+            # Collected by another node. The engine asks once more where this lies, and then must not be sent here.
+            self._store.chunks.refresh()
+            raise
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         raise self._immutable()

@@ -207,17 +207,21 @@ class ChunkStore:
         Raises ``ObjectMissing`` if one is in no pack, and ``ObjectDamaged`` if all copies of one are known to be
         damaged.
         """
+        located = []
+        for digest, place in zip(digests, self.locate_each(digests), strict=True):
+            if place is None:
+                raise self._unusable(digest)
+            located.append(place)
+        return located
+
+    def locate_each(self, digests: Sequence[Digest]) -> list[Location | None]:
+        """As ``locate_all``, but ``None`` for one that nobody can read. Refreshes at most once, however many miss."""
         begun = self._refreshes_begun
         found = self._find_usable(digests)
         if not all(found):
             self._refresh_since(begun)
             found = self._find_usable(digests)
-        located = []
-        for digest, places in zip(digests, found, strict=True):
-            if not places:
-                raise self._unusable(digest)
-            located.append(places[0])
-        return located
+        return [places[0] if places else None for places in found]
 
     def _find_usable(self, digests: Sequence[Digest]) -> list[list[Location]]:
         return [self._usable(digest, places) for digest, places in zip(digests, self.cache.find(digests), strict=True)]

@@ -16,8 +16,9 @@ from archipfs.compose.sealed import SealedStore
 from archipfs.errors import StoreError
 from archipfs.map.catalog import STORE_IDENT, Catalog
 from archipfs.map.packs import Coding, Kind
-from archipfs.map.records import DamageRecord
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
+from archipfs.map.records import DamageRecord, LayerRecord
+from archipfs.map.tree import Tree
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
 from tests.compose.world import World, content_of
 
 SECTORS = 1500
@@ -186,3 +187,56 @@ def test_open_packs_are_bounded(world: World, composer: Composer, monkeypatch: p
     for _ in range(2):
         assert content_of(composer, "snap") == content
     assert len(store._packs) <= 3
+
+
+def know_only_pages(store: SealedStore) -> None:
+    """As after many other reads: the pages are still in LMDB, what they were resolved to is not in memory any more."""
+    store.chunks.cache.regions_forget()
+    store._shared.table.forget()
+    store._drop_packs()
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_stale_index_is_refreshed_before_a_read_fails(world: World, composer: Composer, resolved: bool) -> None:
+    """Another node collected the packs while this one had only pages, or resolved regions too, in its cache."""
+    content = sealed_snapshot(composer)
+    other = world.composer(host="two")
+    with other.using(other.find("snap")) as theirs:
+        assert theirs.read(0, len(content)) == content
+        blobs = dict(world_regions(store_of(other)))
+        know_only_pages(store_of(other))
+        for leaf, blob in blobs.items() if resolved else ():
+            store_of(other).chunks.region_put(leaf, blob)
+        old = store_of(composer).chunks.packs()
+        copy_all(composer)
+        for pack in old:
+            world.store.delete(f"pack/{pack}")
+        assert theirs.read(0, len(content)) == content
+    other.close_all()
+
+
+def world_regions(store: SealedStore) -> Iterator[tuple[Digest, bytes]]:
+    for layer in (record for _, record in store._mapper.catalog.list(LayerRecord) if record.record.sealed is not None):
+        assert layer.record.sealed is not None
+        for _, leaf in Tree(store.chunks.page, Digest(bytes.fromhex(layer.record.sealed.root))).regions():
+            blob = store.chunks.region_get(leaf)
+            assert blob is not None
+            yield leaf, blob
+
+
+def test_many_lost_chunks_cost_one_look_into_the_store(world: World, composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    other = world.composer(host="two")
+    with other.using(other.find("snap")) as theirs:
+        assert theirs.read(0, len(content)) == content
+        store = store_of(other)
+        know_only_pages(store)
+        for pack in store.chunks.packs():
+            if any(entry.kind is Kind.CHUNK for entry in store.chunks.index(pack).entries):
+                world.store.delete(f"pack/{pack}")
+        store.chunks.refresh()
+        before = store.chunks._refreshes_begun
+        with pytest.raises(StoreError):
+            theirs.read(0, SECTOR_BYTES)
+        assert store.chunks._refreshes_begun - before <= 2
+    other.close_all()
