@@ -27,7 +27,7 @@ from archipfs.map.cache import Cache
 from archipfs.map.chunks import ChunkStore
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
-from archipfs.map.packs import Coding, Entry, Kind
+from archipfs.map.packs import Coding, Entry
 from archipfs.map.pages import decode_leaf
 from archipfs.map.records import LayerRecord
 from archipfs.map.tree import REGIONS_MAX, Tree
@@ -176,6 +176,11 @@ class SealedStore:
             if location is None:
                 places.append(EXTENT.pack(extent.first, extent.count, PACK_DAMAGED, 0))
                 continue
+            if (extent.inner + extent.count) * SECTOR_BYTES > location.raw_bytes:
+                raise ObjectDamaged(
+                    f"map page {leaf.hex()} is damaged: chunk {extent.digest.hex()} has {location.raw_bytes} bytes "
+                    "only; run `archip check`"
+                )
             unpacked = location.coding is not Coding.RAW or not self._has_descriptors(location.pack)
             start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
             index = names.setdefault((unpacked, location.pack), len(names))
@@ -307,11 +312,11 @@ class _Unpacked(DataObject):
         return data
 
     def _chunks(self) -> dict[int, Digest]:
-        """The pack's chunks by where they lie in it; about 100 bytes each."""
+        """What the pack has by where it lies in it; about 100 bytes each."""
         with self._mutex:
             if self._digests is None:
-                entries = self._entries()
-                self._digests = {entry.offset: entry.digest for entry in entries if entry.kind is Kind.CHUNK}
+                # Pages too: what a volume holds may happen to be one, and is not stored a second time.
+                self._digests = {entry.offset: entry.digest for entry in self._entries()}
             return self._digests
 
     def _entries(self) -> Sequence[Entry]:

@@ -13,9 +13,10 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.blockers.registry import create_blocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import StoreError
+from archipfs.errors import ObjectDamaged, StoreError
 from archipfs.map.catalog import STORE_IDENT, Catalog
 from archipfs.map.packs import Coding, Kind
+from archipfs.map.pages import Extent, encode_leaf
 from archipfs.map.records import DamageRecord, LayerRecord
 from archipfs.map.tree import Tree
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
@@ -240,3 +241,38 @@ def test_many_lost_chunks_cost_one_look_into_the_store(world: World, composer: C
             theirs.read(0, SECTOR_BYTES)
         assert store.chunks._refreshes_begun - before <= 2
     other.close_all()
+
+
+def test_an_extent_beyond_its_chunk_is_damage_and_never_the_chunk_behind(composer: Composer) -> None:
+    sealed_snapshot(composer)
+    store = store_of(composer)
+    chunk, behind = noise(70, 1), noise(71, 4)
+    with store.chunks.session() as session:
+        for data in (chunk, behind):
+            session.add_chunk(store.chunks.hash.digest(data), data)
+        extents = [Extent(0, 2, store.chunks.hash.digest(chunk), 0)]
+        leaf = session.add_page(encode_leaf(extents, store.chunks.hash.digest_bytes))
+        session.flush()
+    with pytest.raises(ObjectDamaged, match="4096 bytes only"):
+        store.region(leaf)
+
+
+def test_a_volume_that_holds_a_page_of_a_map_is_read(composer: Composer) -> None:
+    """The page is stored, so that the chunk that equals it is not; and pages are not on sector borders."""
+    sealed_snapshot(composer)
+    chunks = store_of(composer).chunks
+    digest_bytes = chunks.hash.digest_bytes
+    count = (SECTOR_BYTES - 16) // (8 + digest_bytes)
+    assert 16 + count * (8 + digest_bytes) == SECTOR_BYTES
+    page = encode_leaf([Extent(2 * at, 1, Digest(bytes(digest_bytes)), 0) for at in range(count)], digest_bytes)
+    with chunks.session() as session:
+        session.add_page(b"something before")
+        session.add_page(page)
+        session.flush()
+    composer.create("other", SECTOR_BYTES)
+    with composer.using(composer.find("other")) as opened:
+        opened.write(0, page)
+    composer.snapshot("other", "of a page")
+    composer.seal("of a page")
+    assert chunks.locate(chunks.hash.digest(page)).kind is Kind.PAGE
+    assert content_of(composer, "of a page") == page
