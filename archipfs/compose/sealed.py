@@ -168,6 +168,7 @@ class SealedStore:
 
     def _resolve(self, leaf: Digest) -> bytes:
         """A region as it is kept; it is kept if all of it can be read."""
+        ticket = self.chunks.regions_ticket()
         extents = decode_leaf(self.chunks.page(leaf))
         locations = self.chunks.locate_each([extent.digest for extent in extents])
         names: dict[_PackName, int] = {}
@@ -188,7 +189,7 @@ class SealedStore:
         packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
         blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
         if None not in locations:
-            self.chunks.region_put(leaf, blob)
+            self.chunks.region_put(leaf, blob, ticket)
         return blob
 
     def _has_descriptors(self, pack: PackId) -> bool:

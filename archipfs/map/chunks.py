@@ -33,7 +33,15 @@ import structlog
 import zstandard
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import ArchipError, FormatTooNew, InvalidInput, ObjectDamaged, ObjectMissing, StoreError
+from archipfs.errors import (
+    ArchipError,
+    FormatTooNew,
+    InvalidInput,
+    ObjectDamaged,
+    ObjectMissing,
+    StoreError,
+    StoreUnavailable,
+)
 from archipfs.map.cache import Cache
 from archipfs.map.cache import Location as Location
 from archipfs.map.catalog import Catalog
@@ -110,7 +118,7 @@ class ChunkStore:
     def refresh(self, progress: Progress | None = None) -> None:
         """Make the index know the packs that are in the store, and no others; only new packs' heads are read.
 
-        Packs with damaged heads are left out and named in ``damaged_packs``. Raises what the store raises.
+        Packs whose heads cannot be read are left out and named in ``damaged_packs``. Raises what the store raises.
         """
         with self._refreshing:
             self._refresh(progress)
@@ -145,10 +153,13 @@ class ChunkStore:
         self.damaged_packs = damaged
 
     def _index_or_error(self, pack: PackId) -> PackIndex | StoreError:
-        """One bad pack does not keep the others from being read; one that was deleted meanwhile is no error."""
+        """One bad pack does not keep the others from being read, be it damaged or on a bad place of a disk; one that
+        was deleted meanwhile is no error. A store that cannot be reached says nothing about its packs."""
         try:
             return self.index(pack)
-        except (ObjectDamaged, ObjectMissing, FormatTooNew) as error:
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
             return error
 
     def reread_marks(self) -> frozenset[PackId]:
@@ -164,7 +175,12 @@ class ChunkStore:
             )
             before, self._marks = self._marks, _Marks(condemned, damaged)
             if damaged != before.damaged:
-                self.cache.regions_forget()
+                try:
+                    self.cache.regions_forget()
+                except BaseException:
+                    # The next look has to find that it differs, and try again.
+                    self._marks = _Marks(condemned, before.damaged)
+                    raise
         return condemned
 
     def forget(self, packs: Iterable[PackId]) -> None:
@@ -257,9 +273,12 @@ class ChunkStore:
     # Bytes
 
     def read(self, digest: Digest) -> bytes:
-        """The raw bytes that have that digest: they are hashed. Raises ``ObjectMissing``, ``ObjectDamaged``."""
+        """The raw bytes that have that digest: they are hashed. Whatever is wrong with one copy, the others are tried.
+
+        Raises ``ObjectMissing``, ``ObjectDamaged``, and what the store raises.
+        """
         begun = self._refreshes_begun
-        damage: ObjectDamaged | None = None
+        failure: StoreError | None = None
         for refreshed in (False, True):
             if refreshed:
                 # Another node may have put a copy elsewhere.
@@ -269,9 +288,9 @@ class ChunkStore:
                     return self.read_at(place, digest)
                 except ObjectMissing:
                     self.forget([place.pack])
-                except ObjectDamaged as error:
-                    damage = error
-        raise damage or self._unusable(digest)
+                except StoreError as error:
+                    failure = error
+        raise failure or self._unusable(digest)
 
     def read_at(self, place: Location, digest: Digest) -> bytes:
         """The raw bytes of ``digest`` at ``place``. Raises ``ObjectMissing`` if the pack is gone, ``ObjectDamaged``."""
@@ -289,7 +308,8 @@ class ChunkStore:
         page = self.cache.page_get(digest)
         if page is None or self.hash.digest(page) != digest:
             page = self.read(digest)
-            self.cache.page_put(digest, page)
+            with _only_slower():
+                self.cache.page_put(digest, page)
         return page
 
     def open_pack(self, pack: PackId) -> DataObject:
@@ -322,8 +342,14 @@ class ChunkStore:
     def region_get(self, leaf: Digest) -> bytes | None:
         return self.cache.region_get(leaf)
 
-    def region_put(self, leaf: Digest, blob: bytes) -> None:
-        self.cache.region_put(leaf, blob)
+    def regions_ticket(self) -> int:
+        """For ``region_put``, drawn before anything is located that goes into the region."""
+        return self.cache.regions_ticket()
+
+    def region_put(self, leaf: Digest, blob: bytes, ticket: int) -> None:
+        """Keep it, unless packs have gone or damage has become known since the ticket was drawn."""
+        with _only_slower():
+            self.cache.region_put(leaf, blob, ticket)
 
     # Storing
 
@@ -367,6 +393,15 @@ class ChunkStore:
             check_same(digest, found, data)
             return place
         return None
+
+
+@contextmanager
+def _only_slower() -> Iterator[None]:
+    """What was read is good, and is returned, also where the cache's disk is full or fails."""
+    try:
+        yield
+    except StoreError as error:
+        log.warning("cache not written", error=str(error))
 
 
 def check_same(digest: Digest, found: Buffer, data: Buffer) -> None:

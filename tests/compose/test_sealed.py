@@ -207,7 +207,7 @@ def test_a_stale_index_is_refreshed_before_a_read_fails(world: World, composer: 
         blobs = dict(world_regions(store_of(other)))
         know_only_pages(store_of(other))
         for leaf, blob in blobs.items() if resolved else ():
-            store_of(other).chunks.region_put(leaf, blob)
+            store_of(other).chunks.region_put(leaf, blob, store_of(other).chunks.regions_ticket())
         old = store_of(composer).chunks.packs()
         copy_all(composer)
         for pack in old:

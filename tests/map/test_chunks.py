@@ -15,7 +15,7 @@ import archipfs.map.cache as cache_module
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
 from archipfs.blockers.memory import MemoryBlocker
-from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreUnavailable
+from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreFull, StoreUnavailable
 from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore, Location, Session, Swept, pack_key
@@ -181,7 +181,7 @@ def test_a_pack_that_another_node_deleted_is_missing_never_other_bytes(blocker: 
     first, second = nodes(blocker), nodes(blocker, "b")
     digests = store_all(first, [chunk(1), chunk(2)])
     place = second.locate(digests[0])
-    second.region_put(digests[0], b"resolved")
+    second.region_put(digests[0], b"resolved", second.regions_ticket())
     blocker.delete(pack_key(place.pack))
     with pytest.raises(ObjectMissing):
         second.open_pack(place.pack)
@@ -269,7 +269,7 @@ def test_known_damage_is_avoided_and_said(blocker: MemoryBlocker, nodes: Nodes) 
     store = nodes(blocker)
     digest = store_all(store, [chunk(1)])[0]
     bad = store.locate(digest).pack
-    store.region_put(digest, b"resolved")
+    store.region_put(digest, b"resolved", store.regions_ticket())
     version = Catalog(blocker).put(DamageRecord(bad, [digest.hex()]), bad, None).version
     store.refresh()
     assert store.region_get(digest) is None
@@ -285,6 +285,94 @@ def test_known_damage_is_avoided_and_said(blocker: MemoryBlocker, nodes: Nodes) 
 
 
 # Garbage collection beside it
+
+
+def test_damage_that_becomes_known_while_a_region_is_resolved(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was located before is not kept; and where the cache fails to forget, the next look has it do so."""
+    store = nodes(blocker)
+    (digest,) = store_all(store, [chunk(1)])
+    ticket = store.regions_ticket()
+    place = store.locate(digest)
+    store.region_put(digest, b"an earlier one", ticket)
+    Catalog(blocker).put(DamageRecord(place.pack, [digest.hex()]), place.pack, None)
+
+    def full() -> None:
+        raise StoreFull("made up")
+
+    monkeypatch.setattr(store.cache, "regions_forget", full)
+    with pytest.raises(StoreFull):
+        store.reread_marks()
+    monkeypatch.undo()
+    store.reread_marks()
+    store.region_put(digest, b"resolved to the damaged place", ticket)
+    assert store.region_get(digest) is None
+    with pytest.raises(ObjectDamaged):
+        store.locate(digest)
+
+
+def test_a_cache_that_is_full_fails_no_read(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = nodes(blocker)
+    with store.session() as session:
+        page = session.add_page(b"a page")
+        session.flush()
+
+    def full(*_: object) -> None:
+        raise StoreFull("made up")
+
+    monkeypatch.setattr(store.cache, "page_put", full)
+    monkeypatch.setattr(store.cache, "region_put", full)
+    assert store.page(page) == b"a page"
+    store.region_put(page, b"resolved", store.regions_ticket())
+
+
+class BadPlaces(MemoryBlocker):
+    """On a disk that cannot read some objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: set[str] = set()
+
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        if key in self.bad:
+            raise StoreError(f"reading {key}: EIO")
+        return super().get(key, offset, length)
+
+
+def test_what_a_disk_cannot_read_is_read_from_another_copy(nodes: Nodes) -> None:
+    blocker = BadPlaces()
+    store = nodes(blocker)
+    with store.session() as one, nodes(blocker, "b").session() as another:
+        digest = add(one, chunk(1))
+        add(another, chunk(1))
+        one.flush()
+        another.flush()
+    store.refresh()
+    assert len(store.packs()) == 2
+    for bad in store.packs():
+        blocker.bad = {pack_key(bad)}
+        assert store.read(digest) == chunk(1)
+    blocker.bad = {pack_key(pack) for pack in store.packs()}
+    with pytest.raises(StoreError, match="EIO"):
+        store.read(digest)
+
+
+def test_a_head_that_a_disk_cannot_read_keeps_no_other_pack_out(nodes: Nodes) -> None:
+    blocker = BadPlaces()
+    (one,) = store_all(nodes(blocker), [chunk(1)])
+    (bad,) = (PackId(key.partition("/")[2]) for key in blocker.list("pack"))
+    (two,) = store_all(nodes(blocker, "b"), [chunk(2)])
+    blocker.bad = {pack_key(bad)}
+    reader = nodes(blocker, "c")
+    assert reader.read(two) == chunk(2)
+    with pytest.raises(ObjectMissing, match="cannot be read"):
+        reader.read(one)
+    assert reader.damaged_packs.keys() == {bad}
+    blocker.bad = set()
+    assert reader.read(one) == chunk(1)
 
 
 def test_condemned_packs_are_no_hits_but_are_read(blocker: MemoryBlocker, nodes: Nodes) -> None:
