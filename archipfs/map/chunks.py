@@ -81,7 +81,7 @@ class ChunkStore:
     """The chunks and pages of one backend. Thread-safe. Blocks: never call it from the event loop.
 
     Locks, in this order: ``_refreshing`` and ``_marking``, each held around calls of the store, so that there is one at
-    a time; ``_sessions_lock``, for moments.
+    a time; ``claims``, then ``_sessions_lock`` or the lock of a session, for moments.
     """
 
     def __init__(
@@ -112,6 +112,10 @@ class ChunkStore:
         self._refreshes_begun = 0
         self._sessions_lock = Lock()
         self._sessions: set[Session] = set()
+        self.claims = Lock()
+        """Held by a session while it takes something in: no other one does so at that moment."""
+        self.puts = 0
+        """How many packs the sessions have put so far: the index may have what it had not before."""
 
     # The index
 
@@ -375,6 +379,13 @@ class ChunkStore:
             sessions = tuple(self._sessions)
         return {pack for session in sessions for pack in session.relied_upon()}
 
+    def check_others(self, session: "Session", digest: Digest, data: Buffer) -> None:
+        """Raises ``StoreError`` if another session of this process is about to store other bytes under that digest."""
+        with self._sessions_lock:
+            others = self._sessions - {session}
+        for other in others:
+            other.check_pending(digest, data)
+
     def place_to_rely_on(self, digest: Digest, data: Buffer, places: Iterable[Location]) -> Location | None:
         """Which of ``places`` has ``data`` and may be relied upon: in no condemned pack, and not known to be damaged.
 
@@ -443,21 +454,23 @@ class Session:
 
         Raises ``StoreError`` if the store has other bytes under that digest (with a hash that is not trusted).
         """
-        return self._add(digest, Kind.CHUNK, data, self._store.cache.find([digest])[0])
+        return self._add(digest, Kind.CHUNK, data)
 
     def add_chunks(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
-        """As ``add_chunk`` for each, with one look into the index for all.
+        """As ``add_chunk`` for each, with one look into the index for all where the hash is trusted.
 
         What another thread puts between that look and its chunk's turn may be stored twice.
         """
-        found = self._store.cache.find([digest for digest, _ in chunks])
+        found: Sequence[Sequence[Location] | None] = [None] * len(chunks)
+        if self._store.hash.trusted:
+            found = self._store.cache.find([digest for digest, _ in chunks])
         for (digest, data), places in zip(chunks, found, strict=True):
             self._add(digest, Kind.CHUNK, data, places)
 
     def add_page(self, page: bytes) -> Digest:
         """As ``add_chunk``. Returns its digest."""
         digest = self._store.hash.digest(page)
-        self._add(digest, Kind.PAGE, page, self._store.cache.find([digest])[0])
+        self._add(digest, Kind.PAGE, page)
         return digest
 
     def flush(self) -> None:
@@ -495,9 +508,13 @@ class Session:
         with self._changed:
             return set(self._relied_upon)
 
-    def _add(self, digest: Digest, kind: Kind, data: Buffer, places: Sequence[Location]) -> bool:
+    def _add(self, digest: Digest, kind: Kind, data: Buffer, places: Sequence[Location] | None = None) -> bool:
+        """``places``: where the index has it, if that was looked up already."""
         if self._is_pending(digest, data):
             return False
+        puts = self._store.puts
+        if places is None:
+            places = self._store.cache.find([digest])[0]
         place = self._store.place_to_rely_on(digest, data, places)
         if place is not None:
             with self._changed:
@@ -505,10 +522,25 @@ class Session:
                 self.hit_chunks += 1
             return False
         coding, stored = self._coder.encode(data)
-        kept = None if self._store.hash.trusted else bytes(data)
-        with self._changed:
-            new = digest not in self._pending
-            if new:
+        if not self._take_in(digest, kind, coding, data, stored, puts):
+            # Another thread came first: now it is pending, or stored.
+            return self._add(digest, kind, data)
+        self._put_one()
+        return True
+
+    def _take_in(
+        self, digest: Digest, kind: Kind, coding: Coding, data: Buffer, stored: Buffer, puts_before: int
+    ) -> bool:
+        """Unless it is pending by now. Where the hash is not trusted, nobody can have stored or be about to store other
+        bytes under the digest without these being compared: not if something was put since we looked either."""
+        trusted = self._store.hash.trusted
+        kept = None if trusted else bytes(data)
+        with self._store.claims:
+            if not trusted:
+                self._store.check_others(self, digest, data)
+            with self._changed:
+                if digest in self._pending or not (trusted or puts_before == self._store.puts):
+                    return False
                 self._pending[digest] = kept
                 self._filling.builder.add(digest, kind, coding, len(data), stored)
                 self._filling.digests.append(digest)
@@ -516,11 +548,14 @@ class Session:
                 self.added_chunks += 1
                 if self._filling.builder.stored_bytes >= self._store.pack_bytes:
                     self._close_filling()
-        if not new:
-            # Another thread came first: now it is pending, or stored.
-            return self._add(digest, kind, data, self._store.cache.find([digest])[0])
-        self._put_one()
         return True
+
+    def check_pending(self, digest: Digest, data: Buffer) -> None:
+        """Raises ``StoreError`` if other bytes are pending here under that digest."""
+        with self._changed:
+            found = self._pending.get(digest)
+        if found is not None:
+            check_same(digest, found, data)
 
     def _is_pending(self, digest: Digest, data: Buffer) -> bool:
         with self._changed:
@@ -556,6 +591,8 @@ class Session:
                 self._relied_upon.add(pack)
             self._store.blocker.put(pack_key(pack), pieces)
             self._store.cache.add_pack(parse(pack, pieces[0]))
+            with self._store.claims:
+                self._store.puts += 1
             done = True
         finally:
             with self._changed:

@@ -505,6 +505,54 @@ def test_a_collision_is_an_error_and_stores_nothing_wrong(blocker: MemoryBlocker
     assert len(list(blocker.list("pack"))) == 1
 
 
+def test_a_collision_with_what_was_put_since_the_look_is_found(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    """Between two of one call, the first one's pack is full and put."""
+    store = nodes(blocker, hash=COLLIDING, pack_bytes=1)
+    one, other = chunk(1), chunk(2)
+    digest = COLLIDING.digest(one)
+    assert COLLIDING.digest(other) == digest
+    with store.session() as session:
+        with pytest.raises(StoreError, match="blake3"):
+            session.add_chunks([(digest, one), (digest, other)])
+        session.flush()
+    assert store.read(digest) == one
+    assert len(list(blocker.list("pack"))) == 1
+
+
+def test_a_collision_of_two_threads_is_found(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stores its chunk, durably, after the other one has looked for its own."""
+    store = nodes(blocker, hash=COLLIDING, pack_bytes=1)
+    real = store.place_to_rely_on
+    with store.session() as session:
+
+        def look(digest: Digest, data: bytes, places: Sequence[Location]) -> Location | None:
+            found = real(digest, data, places)
+            if data == chunk(2) and not list(blocker.list("pack")):
+                add(session, chunk(1), COLLIDING)
+            return found
+
+        monkeypatch.setattr(store, "place_to_rely_on", look)
+        with pytest.raises(StoreError, match="blake3"):
+            add(session, chunk(2), COLLIDING)
+        session.flush()
+    assert len(list(blocker.list("pack"))) == 1
+
+
+def test_a_collision_of_two_sessions_is_found(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    store = nodes(blocker, hash=COLLIDING)
+    with store.session() as one, store.session() as another:
+        digest = add(one, chunk(1), COLLIDING)
+        with pytest.raises(StoreError, match="blake3"):
+            add(another, chunk(2), COLLIDING)
+        # The same bytes are no collision; neither session can rely on the other to put them.
+        assert another.add_chunk(digest, chunk(1))
+        one.flush()
+        another.flush()
+    assert store.read(digest) == chunk(1)
+
+
 def test_an_untrusted_hit_on_a_damaged_copy_stores_a_good_one(blocker: MemoryBlocker, nodes: Nodes) -> None:
     store = nodes(blocker, hash=XXH3)
     digest = store_all(store, [chunk(1)])[0]
