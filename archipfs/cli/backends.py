@@ -10,6 +10,13 @@ from archipfs.cli.output import Column, Report, View, as_size, as_time, report_o
 from archipfs.config import DEFAULT_BACKEND, BackendConfig
 from archipfs.daemon.client import connect_daemon
 from archipfs.daemon.node import create_backend, exclusive
+from archipfs.map.mapper import StoreOptions
+from archipfs.units import parse_size
+
+
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_size(value)
+
 
 LISTED = (
     Column("name"),
@@ -67,24 +74,37 @@ def backend_info(instance: Instance, name: str, view: View) -> None:
 @click.argument("name")
 @click.option("--driver", required=True, help="What stores the bytes: file.")
 @click.option("--path", type=click.Path(path_type=Path), help="Driver file: the directory that keeps the store.")
+@click.option("--hash", "hash_name", help="What chunks are called by: blake3 (default), sha256 or xxh3-128.")
+@click.option("--compression", help="How sealed chunks are compressed: none (default) or zstd.")
+@click.option("--chunk-size", callback=_parse_size, help="How large a sealed chunk is on average; 32K if not given.")
 @report_options
 @pass_instance
-def backend_create(instance: Instance, name: str, driver: str, path: Path | None, report: Report) -> None:
+def backend_create(
+    instance: Instance,
+    name: str,
+    driver: str,
+    path: Path | None,
+    hash_name: str | None,
+    compression: str | None,
+    chunk_size: int | None,
+    report: Report,
+) -> None:
     """Make a store and configure it as a backend.
 
-    A store that is there already is taken up as it is.
+    A store that is there already is taken up as it is. Its hash, compression and chunk size never change.
     """
     config = instance.config()
+    store = StoreOptions(hash_name, compression, chunk_size)
     options = {} if path is None else {"path": str(path.absolute())}
     backend = BackendConfig(name, driver, options)
     daemon = connect_daemon(config)
     if daemon is not None:
         daemon.close()
-        create_backend(config, backend)
+        create_backend(config, backend, store)
     else:
         with exclusive(config, holder={"pid": os.getpid()}):
             config = instance.config()
-            create_backend(config, backend)
+            create_backend(config, backend, store)
     place = f" in {options['path']}" if options else ""
     done = f"backend {name} is there already" if name in config.backends else f"created backend {name}"
     report.done(f"{done}: driver {driver}{place}", {"name": name, "driver": driver, **options})

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import shell_complete
 
-from archipfs.cli import backends, mounts, upkeep, volumes
+from archipfs.cli import backends, comparing, mounts, upkeep, volumes
 from archipfs.cli.instance import Instance
 from archipfs.cli.program import make_output_safe, run_program
 from archipfs.daemon.logs import configure_command_logs
@@ -96,7 +96,13 @@ def archip(ctx: click.Context, root: str | None, config_path: str | None) -> Non
     ctx.obj = Instance(Path(root) if root else None, Path(config_path) if config_path else None)
 
 
-for _command in (*volumes.COMMANDS, *backends.COMMANDS, *mounts.COMMANDS, *upkeep.COMMANDS):
+for _command in (
+    *volumes.COMMANDS,
+    *comparing.COMMANDS,
+    *backends.COMMANDS,
+    *mounts.COMMANDS,
+    *upkeep.COMMANDS,
+):
     archip.add_command(_command)
 
 

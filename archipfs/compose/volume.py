@@ -294,6 +294,34 @@ class OpenVolume:
         finally:
             engine.close(clean=False)
 
+    @contextmanager
+    def reading_frozen(self) -> Iterator[EngineVolume]:
+        """An engine, within the block, over what the volume holds now, which nobody writes to.
+
+        A writable volume is frozen for that, as for a clone, if it was written since the last snapshot. Raises
+        ``LockHeld`` if another node writes it.
+        """
+        if not self.record.writable:
+            with self.reading() as engine:
+                yield engine
+            return
+        frozen = self._freeze_if_written()
+        # What the layers show is theirs to say: freezing has written down how far the head showed its parent.
+        record = msgspec.structs.replace(self.record, layer=frozen.layer, size=frozen.size, visible=VOLUME_BYTES_MAX)
+        engine = self._durable_engine(record)
+        try:
+            yield engine
+        finally:
+            engine.close(clean=False)
+
+    def _freeze_if_written(self) -> Frozen:
+        with self.control:
+            engine, below = self.engine, self.mapper.catalog.layer(self.record.layer).record.reads_parent
+            size = engine.size
+            if below is not None and engine.parent_visible >= size and self.head_is_empty():
+                return Frozen(below, size)
+            return self.freeze()
+
     def write(self, offset: int, data: bytes | memoryview) -> int:
         return self.engine.write(offset, data)
 

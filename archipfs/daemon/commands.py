@@ -3,6 +3,7 @@
 Arguments and answers are plain values that JSON can carry. Sizes are integer bytes, times are seconds since the epoch.
 """
 
+import base64
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from typing import Any
 
 from archipfs.compose.composer import Found, Made
 from archipfs.compose.describe import describe, describe_lock, summary
+from archipfs.compose.diff import bitmap, check_granularity, differing_runs
+from archipfs.compose.hashing import hash_volume
 from archipfs.compose.sealing import mask_bits
 from archipfs.compose.sparse_file import SparseFile
 from archipfs.daemon.node import Node
 from archipfs.errors import DaemonError, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
+from archipfs.map.pithos import top_hash
 from archipfs.map.space import Space
-from archipfs.types import RequestId
+from archipfs.types import Digest, RequestId
 
 Answer = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -181,6 +185,31 @@ def volume_close(node: Node, name: str) -> Answer:
     return {"name": name}
 
 
+def volume_hash(node: Node, sent: Sent, name: str) -> Answer:
+    """Pithos' hash map, and the top of the tree over it."""
+    with node.composer.using(node.composer.find(name)) as opened, opened.reading_frozen() as engine:
+        hash_map = hash_volume(engine, sent.progress)
+    return {**hash_map.as_json(), "top_hash": top_hash(hash_map.hashes).hex()}
+
+
+def volume_diff(node: Node, sent: Sent, one: str, other: str, granularity: int | None = None) -> Answer:
+    """Where two volumes differ: pairs of offset and length; with a granularity, a bitmap in base64 instead."""
+    composer = node.composer
+    with composer.using(composer.find(one)) as mine, composer.using(composer.find(other)) as theirs:
+        size = max(mine.size, theirs.size)
+        if granularity is not None:
+            check_granularity(size, granularity)
+
+        def fetch(digest: Digest) -> bytes:
+            return composer.sealed_store(mine.mapper).chunks.page(digest)
+
+        runs = differing_runs(mine, theirs, fetch, sent.progress)
+        if granularity is None:
+            return {"size": size, "ranges": [(start, end - start) for start, end in runs]}
+        bits = bitmap(runs, size, granularity)
+    return {"size": size, "granularity": granularity, "bitmap": base64.b64encode(bits).decode()}
+
+
 # Backends and the node
 
 
@@ -328,6 +357,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
     "volume-close": volume_close,
+    "volume-hash": volume_hash,
+    "volume-diff": volume_diff,
     "backend-list": backend_list,
     "backend-info": backend_info,
     "check": check,
@@ -341,5 +372,5 @@ NOT_TWICE = frozenset(
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
 
-LONG = frozenset({"volume-seal", "volume-import", "check", "scrub", "gc"})
+LONG = frozenset({"volume-seal", "volume-import", "volume-hash", "volume-diff", "check", "scrub", "gc"})
 """Their functions are told how the command came too: they say how far they are."""

@@ -29,7 +29,7 @@ from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
 from archipfs.daemon.upkeep import Upkeep
 from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
 from archipfs.map.locks import Node as NodeIdentity
-from archipfs.map.mapper import Mapper, create_store
+from archipfs.map.mapper import AS_USUAL, Mapper, StoreOptions, create_store
 from archipfs.map.names import check_name
 
 RUN_LOCK, STATE_LOCK = "run-lock", "state-lock"
@@ -194,10 +194,11 @@ def open_backend(backend: BackendConfig) -> Blocker:
         raise type(error)(f"backend {backend.name}: {error}") from error
 
 
-def create_backend(config: Config, backend: BackendConfig) -> Config:
+def create_backend(config: Config, backend: BackendConfig, options: StoreOptions = AS_USUAL) -> Config:
     """Make the store if there is none in its place, then add it to the configuration.
 
-    Raises ``AlreadyExists`` for a name that is configured with something else.
+    Raises ``AlreadyExists`` for a name that is configured with something else, and for a store that is not as
+    ``options`` say.
     """
     check_name(backend.name)
     known = config.backends.get(backend.name)
@@ -210,7 +211,7 @@ def create_backend(config: Config, backend: BackendConfig) -> Config:
             raise AlreadyExists(f"backend {other.name} lies in that place already; choose another place")
     blocker = create_blocker(backend.driver, backend.options)
     try:
-        create_store(blocker)
+        create_store(blocker, options)
     finally:
         blocker.close()
     return save_backend(config, backend)

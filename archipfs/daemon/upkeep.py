@@ -12,19 +12,25 @@ import trio
 
 from archipfs.compose.composer import Composer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ArchipError, Busy
+from archipfs.errors import ArchipError, Busy, ObjectDamaged, ObjectMissing
 from archipfs.map.check import Finding, check_backend
 from archipfs.map.chunks import PACK_KIND
 from archipfs.map.gc import Collected, Collector
 from archipfs.map.mapper import Mapper
+from archipfs.map.records import DamageRecord
 from archipfs.map.scrub import Bookmark, Elsewhere, Progress, Repaired, Scrubbed, repair, scrub
 from archipfs.map.space import Accountant, Space
 from archipfs.map.survey import sealed_roots
+from archipfs.types import Digest
 
 log = structlog.get_logger()
 
 Pulse = Callable[[], None]
 """Called every now and then; what it raises ends the work."""
+
+
+_Contents = tuple[frozenset[Digest], frozenset[str], frozenset[str]]
+"""The roots, the packs, and what has a damage record: as long as they are the same, the same is garbage."""
 
 
 class Upkeep:
@@ -36,6 +42,8 @@ class Upkeep:
         self._bookmark = Bookmark(state_dir / "scrub" / f"{mapper.store.id}.json", mapper.store.id)
         self._scrubbing = threading.Lock()
         self._opening = threading.Lock()
+        self._settled: _Contents | None = None
+        """What the store had when a collection last found nothing to do."""
         self._collector: Collector | None = None
         self._accountant: Accountant | None = None
 
@@ -63,6 +71,21 @@ class Upkeep:
         """``None`` where nothing was ever sealed."""
         return self._the_collector().collect(dry_run=dry_run, pulse=pulse) if self.has_sealed() else None
 
+    def collect_if_changed(self, pulse: Pulse) -> Collected | None:
+        """As ``collect``; ``None`` also where nothing was sealed or removed since that last found nothing to do."""
+        contents = self._contents()
+        if contents == self._settled:
+            return None
+        done = self.collect(pulse)
+        if done is not None and not (done.packs or done.needed_again or done.kept):
+            self._settled = contents
+        return done
+
+    def _contents(self) -> _Contents:
+        roots = frozenset(sealed_roots(self.mapper.catalog).values())
+        packs = frozenset(self.mapper.blocker.list(PACK_KIND))
+        return roots, packs, frozenset(self.mapper.catalog.idents(DamageRecord))
+
     def scrub(self, bytes_per_second: int | None, progress: Progress) -> Scrubbed | None:
         """``None`` where nothing was ever sealed. Raises ``Busy`` if a scrub is under way."""
         if not self.has_sealed():
@@ -83,8 +106,9 @@ class Upkeep:
         elsewhere = [other.as_source() for other in (self, *others)]
         done = repair(self.mapper.catalog, self._sealed.chunks, elsewhere, mask_bits, progress)
         self._sealed.forget(())
-        with suppress(Busy):  # then the damaged packs go with the next collection
-            self._the_collector().collect(pulse=lambda: progress(0, 0))
+        # Under way already, the damaged packs go with the next one; with pages lost, nothing does, and `check` says so.
+        with suppress(Busy, ObjectMissing, ObjectDamaged):
+            self._the_collector().collect(unreadable=True, pulse=lambda: progress(0, 0))
         return done
 
     def as_source(self) -> Elsewhere:
@@ -102,7 +126,7 @@ def collect_in_background(composer: Composer, upkeeps: Sequence[Upkeep]) -> None
     for upkeep in upkeeps:
         backend = upkeep.mapper.backend
         try:
-            done = upkeep.collect(trio.from_thread.check_cancelled)
+            done = upkeep.collect_if_changed(trio.from_thread.check_cancelled)
         except Busy as error:
             log.info("garbage not collected, it is tried again later", backend=backend, error=str(error))
         except ArchipError as error:

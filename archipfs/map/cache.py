@@ -464,7 +464,11 @@ class Cache:
         return self._bounded_get("pages", digest)
 
     def page_put(self, digest: Digest, page: bytes) -> None:
-        self._bounded_put("pages", digest, page)
+        self.pages_put([(digest, page)])
+
+    def pages_put(self, pages: Sequence[tuple[Digest, bytes]]) -> None:
+        """Keep several, in one transaction."""
+        self._bounded_put("pages", pages)
 
     def region_get(self, leaf: Digest) -> bytes | None:
         return self._bounded_get("regions", leaf)
@@ -475,7 +479,7 @@ class Cache:
 
     def region_put(self, leaf: Digest, blob: bytes, ticket: int) -> None:
         """Does nothing if regions were forgotten since the ticket was drawn: what was looked up may be out of date."""
-        self._bounded_put("regions", leaf, blob, lambda: ticket == self._regions_forgotten)
+        self._bounded_put("regions", [(leaf, blob)], lambda: ticket == self._regions_forgotten)
 
     def regions_forget(self) -> None:
         """Forget all regions: places that they name may be gone."""
@@ -495,7 +499,9 @@ class Cache:
 
         return self._pages.read(get)
 
-    def _bounded_put(self, name: str, key: bytes, value: bytes, still: Callable[[], bool] = lambda: True) -> None:
+    def _bounded_put(
+        self, name: str, entries: Sequence[tuple[bytes, bytes]], still: Callable[[], bool] = lambda: True
+    ) -> None:
         def put(txn: _Txn) -> None:
             if not still():
                 return
@@ -504,9 +510,10 @@ class Cache:
                 young = 1 - young
                 _set_count(txn, name.encode(), young)
                 txn.empty(_halves(name)[young])
-            txn.put(_halves(name)[young], key, value)
-            # One value for a key, wherever it is looked for first.
-            txn.delete(_halves(name)[1 - young], key)
+            for key, value in entries:
+                txn.put(_halves(name)[young], key, value)
+                # One value for a key, wherever it is looked for first.
+                txn.delete(_halves(name)[1 - young], key)
 
         self._pages.write(put)
 

@@ -66,6 +66,13 @@ class Swept(ArchipError):
     """What a session relied upon is being taken away, or gone: seal anew."""
 
 
+def check_compression(name: str) -> str:
+    """``name`` if chunks can be stored so. Raises ``InvalidInput``."""
+    if name not in COMPRESSIONS:
+        raise InvalidInput(f"no compression is called {name!r}; choose one of {', '.join(COMPRESSIONS)}")
+    return name
+
+
 def pack_key(pack: PackId) -> str:
     return f"{PACK_KIND}/{pack}"
 
@@ -95,8 +102,7 @@ class ChunkStore:
         pack_bytes: int | None = None,
     ) -> None:
         """``node`` is this node's id; packs have about ``pack_bytes``, by default what the driver wishes."""
-        if compression not in COMPRESSIONS:
-            raise InvalidInput(f"no compression is called {compression!r}; choose one of {', '.join(COMPRESSIONS)}")
+        check_compression(compression)
         self.hash = content_hash
         self.node = node
         self.pack_bytes = blocker.pack_bytes if pack_bytes is None else pack_bytes
@@ -315,6 +321,12 @@ class ChunkStore:
             with _only_slower():
                 self.cache.page_put(digest, page)
         return page
+
+    def keep_pages(self, pages: Sequence[tuple[Digest, bytes]]) -> None:
+        """Have LMDB know pages that are just being stored: whoever reads the volume, or seals what is written on top of
+        it, needs them soon."""
+        with _only_slower():
+            self.cache.pages_put(pages)
 
     def open_pack(self, pack: PackId) -> DataObject:
         """The pack, to read at its places. Raises ``ObjectMissing``, and ``ObjectDamaged`` if its size is not right.

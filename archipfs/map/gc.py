@@ -32,6 +32,7 @@ from archipfs.map.chunks import ChunkStore, pack_key
 from archipfs.map.marking import Marking
 from archipfs.map.packs import Entry, Kind, PackIndex
 from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, LayerRecord, R
+from archipfs.map.survey import find_lost
 from archipfs.types import Digest, LayerId, PackId
 
 FOREIGN_GRACE_NS = 3600 * 10**9
@@ -108,8 +109,13 @@ class Collector:
         self._mutex = threading.Lock()
         self._lock = _Lock(catalog, node, grace_ns)
 
-    def collect(self, *, dry_run: bool = False, pulse: Callable[[], None] = _nothing) -> Collected:
+    def collect(
+        self, *, dry_run: bool = False, unreadable: bool = False, pulse: Callable[[], None] = _nothing
+    ) -> Collected:
         """Delete what is not needed; with ``dry_run`` only say what that would be, and change nothing.
+
+        With ``unreadable`` also packs whose heads are damaged, if all that is needed lies in others. Without, they
+        stay, since nobody knows what is in them.
 
         ``pulse`` is called every now and then; what it raises ends the collection, whose rest is left to the next.
         Raises ``Busy`` if another collection is under way, ``Fenced`` if another node took this one for dead, and
@@ -122,14 +128,14 @@ class Collector:
             if dry_run:
                 return self._foresee(pulse)
             with self._lock.held():  # 1
-                return self._collect(pulse)
+                return self._collect(unreadable, pulse)
         finally:
             self._mutex.release()
 
-    def _collect(self, pulse: Callable[[], None]) -> Collected:
+    def _collect(self, unreadable: bool, pulse: Callable[[], None]) -> Collected:
         kept: Counter[str] = Counter()
         marking = Marking(self._store.page)
-        before = self._look(marking, pulse)  # 2
+        before = self._look(marking, unreadable, pulse)  # 2
         dead = {use.pack for use in before.uses.values() if use.dead and self._is_ours_to_take(use, kept)}
         repacked = self._worth_repacking(before, kept)
         self._condemn((dead | {use.pack for use in repacked}) - before.condemned)  # 3
@@ -138,7 +144,7 @@ class Collector:
             return Collected(0, 0, 0, 0, 0, kept)
         copied_bytes, made = self._repack(repacked, kept, pulse)  # 4
         self._wait_for_intents(pulse)  # 5
-        after = self._look(marking, pulse)  # 6
+        after = self._look(marking, unreadable, pulse)  # 6
         pinned = self._store.pinned()
         doomed = [after.uses[pack] for pack in after.condemned & after.uses.keys() - pinned if after.uses[pack].dead]
         needed = after.condemned & after.uses.keys() - {use.pack for use in doomed}
@@ -157,7 +163,7 @@ class Collector:
 
     def _foresee(self, pulse: Callable[[], None]) -> Collected:
         kept: Counter[str] = Counter()
-        view = self._look(Marking(self._store.page), pulse)
+        view = self._look(Marking(self._store.page), False, pulse)
         repack = self._worth_repacking(view, kept)
         dead = [use for use in view.uses.values() if use.dead and self._is_ours_to_take(use, kept)]
         copied_bytes = sum(use.live_bytes for use in repack)
@@ -172,7 +178,7 @@ class Collector:
 
     # 2 and 6: marking, and what it says of each pack
 
-    def _look(self, marking: Marking, pulse: Callable[[], None]) -> _View:
+    def _look(self, marking: Marking, unreadable: bool, pulse: Callable[[], None]) -> _View:
         roots = {
             Digest(bytes.fromhex(found.record.sealed.root)): LayerId(layer)
             for layer, found in self._catalog.list(LayerRecord)
@@ -190,10 +196,13 @@ class Collector:
         self._store.refresh()
         packs = self._store.packs()
         there = packs | self._store.damaged_packs.keys()
+        uses = take_census(packs, condemned, damage, marking.marks.sorted(), self._index_of(pulse))
+        if unreadable and not find_lost(self._catalog, self._store, pulse, without=there - uses.keys()):
+            uses |= {pack: _of_no_use(pack, self._node) for pack in there - uses.keys()}
         return _View(
             condemned=condemned & there,
             damage=damage,
-            uses=take_census(packs, condemned, damage, marking.marks.sorted(), self._index_of(pulse)),
+            uses=uses,
             strays=(condemned | damage.keys()) - there,
         )
 
@@ -311,6 +320,11 @@ class Collector:
         if found is not None:
             with suppress(Conflict):  # it has just been changed, and is looked at again the next time
                 self._catalog.delete(kind, pack, found.version)
+
+
+def _of_no_use(pack: PackId, node: str) -> PackUse:
+    """A pack whose head is damaged, when all that is needed lies in others."""
+    return PackUse(pack, node, 0, 0, 0, numpy.zeros(0, numpy.bool_), 0, damaged=True)
 
 
 class _Lock:

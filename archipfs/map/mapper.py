@@ -15,19 +15,23 @@ from dataclasses import dataclass
 import msgspec
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import AlreadyExists, ArchipError, Conflict, NotFound, ObjectMissing, TooLarge
+from archipfs.errors import AlreadyExists, ArchipError, Conflict, InvalidInput, NotFound, ObjectMissing, TooLarge
 from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
+from archipfs.map.chunks import check_compression
+from archipfs.map.hashes import content_hash
 from archipfs.map.locks import Locks, Node
 from archipfs.map.names import check_name
 from archipfs.map.reclaim import Reclaimed, delete_layer, reclaim
 from archipfs.map.records import Kind, LayerRecord, LockRecord, NameRecord, StoreRecord, VolumeRecord
-from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId, new_layer_id, new_volume_id
+from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
 FOREIGN_GRACE_NS = 3600 * 10**9
 """How old a layer made by another node must be before we call it left behind."""
 
 DEFAULT_HASH = "blake3"
+DEFAULT_CHUNK_BYTES = 32 << 10
+DEFAULT_COMPRESSION = "none"
 
 
 def data_key(layer: LayerId) -> str:
@@ -56,14 +60,61 @@ class Reservation:
     version: int
 
 
-def create_store(blocker: Blocker, hash_name: str = DEFAULT_HASH) -> None:
-    """Write what the store is. Does nothing if that is there already."""
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """How a store is to keep what is sealed. Fixed when it is made; ``None``: as is usual."""
+
+    hash: str | None = None
+    compression: str | None = None
+    chunk_bytes: int | None = None
+    """How large a chunk is on average."""
+
+
+AS_USUAL = StoreOptions()
+
+
+def create_store(blocker: Blocker, options: StoreOptions = AS_USUAL) -> None:
+    """Write what the store is. Does nothing if that is there already.
+
+    Raises ``InvalidInput`` for what cannot be, and ``AlreadyExists`` if there is a store that is not as ``options``
+    say.
+    """
+    wanted = _store_record(options)
     catalog = Catalog(blocker)
-    if catalog.store() is None:
+    found = catalog.store()
+    if found is None:
         try:
-            catalog.put(StoreRecord(new_volume_id(), hash_name, time.time_ns()), STORE_IDENT, None)
-        except Conflict:
+            catalog.put(wanted, STORE_IDENT, None)
             return
+        except Conflict:
+            found = catalog.store()
+    if found is not None:
+        _refuse_other(blocker, options, wanted, found.record)
+
+
+def _store_record(options: StoreOptions) -> StoreRecord:
+    hash_name = content_hash(options.hash or DEFAULT_HASH).name
+    compression = check_compression(options.compression or DEFAULT_COMPRESSION)
+    chunk_bytes = options.chunk_bytes or DEFAULT_CHUNK_BYTES
+    if chunk_bytes not in [SECTOR_BYTES << bits for bits in range(7)]:
+        raise InvalidInput(
+            f"chunks of {format_size(chunk_bytes)} on average cannot be; give 4K, 8K, 16K, 32K, 64K, 128K or 256K"
+        )
+    return StoreRecord(new_volume_id(), hash_name, time.time_ns(), compression, chunk_bytes // SECTOR_BYTES)
+
+
+def _refuse_other(blocker: Blocker, options: StoreOptions, wanted: StoreRecord, found: StoreRecord) -> None:
+    pairs = (
+        (options.hash, "hash", wanted.hash, found.hash),
+        (options.compression, "compression", wanted.compression, found.compression),
+        (options.chunk_bytes, "average of sectors a chunk", wanted.chunk_sectors, found.chunk_sectors),
+    )
+    for option, what, ours, theirs in pairs:
+        if option is not None and ours != theirs:
+            raise AlreadyExists(
+                f"there is a store in {blocker.describe()} already, and its {what} is {theirs}, which does not change; "
+                "take it as it is, or choose another place"
+            )
 
 
 class Mapper:

@@ -24,9 +24,9 @@ from archipfs.errors import Conflict, ObjectDamaged, ObjectMissing
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunker import cut, is_zero
 from archipfs.map.chunks import ChunkStore, Location, pack_key
-from archipfs.map.packs import Coding, Entry, Kind
+from archipfs.map.packs import Coding, Entry, Kind, PackBuilder
 from archipfs.map.records import DamageRecord
-from archipfs.map.survey import find_lost
+from archipfs.map.survey import find_lost, unreadable_packs
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
 
 Progress = Callable[[int, int], None]
@@ -189,12 +189,14 @@ def repair(
 ) -> Repaired:
     """Store anew what is lost, as far as its bytes are found somewhere. Scrub before; collect garbage afterwards.
 
-    Looked through are, in this order, the packs of other backends with the same hash, and all data objects: what is
+    First, what only this node's index can find, in packs whose heads are damaged, is put where all can. Then looked
+    through are, in this order, the packs of other backends with the same hash, and all data objects: what is
     not sealed yet. Those are searched for the chunks that the chunker cuts from them, and for the neighbourhood of
     every sector that a damaged copy still has. ``mask_bits`` is what the chunker was told when the store was sealed.
     Memory: two regions, and the damaged copies.
     """
     store.refresh()
+    _rescue(catalog, store, lambda: progress(0, 0))
     tried = ["the other packs of this backend"]
     mended: set[Digest] = set()
     while True:
@@ -204,6 +206,30 @@ def repair(
         if not found:
             return Repaired(len(mended), len(lost), tried)
         # A page that is there again may lead to more that is lost.
+
+
+def _rescue(catalog: Catalog, store: ChunkStore, pulse: Callable[[], None]) -> None:
+    """Put what our index still finds in packs whose heads are damaged into packs that everybody can read."""
+    unreadable = unreadable_packs(store, pulse)
+    builder = PackBuilder(store.hash.digest_bytes, store.node, time.time_ns())
+
+    def put() -> None:
+        pack, data = builder.build()
+        store.blocker.put(pack_key(pack), data)
+
+    for digest in sorted(find_lost(catalog, store, pulse, without=unreadable)):
+        for place in store.cache.find([digest])[0]:
+            pulse()
+            with suppress(ObjectMissing, ObjectDamaged):
+                raw = store.read_at(place, digest)
+                builder.add(digest, place.kind, Coding.RAW, len(raw), raw)
+                break
+        if builder.stored_bytes >= store.pack_bytes:
+            put()
+            builder = PackBuilder(store.hash.digest_bytes, store.node, time.time_ns())
+    if builder.stored_bytes:
+        put()
+        store.refresh()
 
 
 def _look_elsewhere(

@@ -203,6 +203,8 @@ class _Room:
         self._buffer = memoryview(bytearray(REGION_BYTES))
         self._used_bytes = 0
         self.chunks: list[tuple[Digest, Buffer]] = []
+        self.pages: list[tuple[Digest, bytes]] = []
+        """Those made of them."""
 
     def take(self, length: int) -> memoryview | None:
         """So many bytes that nobody uses; ``None`` if there are not as many, so that ``clear`` must come first."""
@@ -232,8 +234,11 @@ class _Sealer:
             self._own.room = _Room()
         room: _Room = self._own.room
         room.clear()
+        room.pages.clear()
         sealed = [self._seal(region, room) for region in batch]
         self._session.add_chunks(room.chunks)
+        if room.pages:
+            self._store.keep_pages(room.pages)
         return sealed
 
     def _seal(self, region: _Region, room: _Room) -> _Sealed:
@@ -250,7 +255,11 @@ class _Sealer:
         if len(extents) > EXTENTS_MAX:
             extents = self._cut(start, start, start + REGION_BYTES, room)
             read_bytes += REGION_BYTES
-        leaf = self._session.add_page(encode_leaf(extents, self._store.hash.digest_bytes)) if extents else None
+        leaf = None
+        if extents:
+            page = encode_leaf(extents, self._store.hash.digest_bytes)
+            leaf = self._session.add_page(page)
+            room.pages.append((leaf, page))
         return _Sealed(region.number, leaf, _sectors(extents) - _sectors(below), read_bytes)
 
     def _data(self, start: int, end: int) -> Iterator[tuple[int, int]]:

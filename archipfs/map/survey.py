@@ -6,7 +6,7 @@ up; chunks themselves are not read: which of them are damaged, a scrub finds out
 Memory: about 150 bytes a distinct page, as a page stands for up to 4 MiB of volumes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from archipfs.errors import FormatTooNew, ObjectDamaged, ObjectMissing
@@ -14,7 +14,7 @@ from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore
 from archipfs.map.pages import ROOT_LEVEL, SLOT_BITS, Extent, decode_leaf, decode_node
 from archipfs.map.records import DamageRecord, LayerRecord, VolumeRecord
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, LayerId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, LayerId, PackId
 
 UNREADABLE = (ObjectMissing, ObjectDamaged, FormatTooNew)
 
@@ -41,8 +41,27 @@ def sealed_roots(catalog: Catalog) -> dict[LayerId, Digest]:
     }
 
 
-def find_lost(catalog: Catalog, store: ChunkStore, pulse: Callable[[], None]) -> dict[Digest, str]:
-    """Every page and chunk that some sealed layer needs and nobody can read, with why. Refresh the store before."""
+def unreadable_packs(store: ChunkStore, pulse: Callable[[], None]) -> set[PackId]:
+    """Packs whose heads are damaged, also those that our index knows from before: others find nothing in them."""
+    unreadable = set(store.damaged_packs)
+    for pack in store.packs():
+        pulse()
+        try:
+            store.index(pack)
+        except ObjectDamaged:
+            unreadable.add(pack)
+        except ObjectMissing:
+            continue  # it was collected as garbage meanwhile
+    return unreadable
+
+
+def find_lost(
+    catalog: Catalog, store: ChunkStore, pulse: Callable[[], None], without: Set[PackId] = frozenset()
+) -> dict[Digest, str]:
+    """Every page and chunk that some sealed layer needs and nobody can read, with why. Refresh the store before.
+
+    As if the packs ``without`` were gone; but what lies only in those is gone through as long as it can be read.
+    """
     damage = {
         (found.record.pack, bytes.fromhex(digest))
         for _, found in catalog.list(DamageRecord, skip_damaged=True)
@@ -58,17 +77,24 @@ def find_lost(catalog: Catalog, store: ChunkStore, pulse: Callable[[], None]) ->
         pulse()
         try:
             if level == 0:
-                look_up(digest, decode_leaf(store.read(digest)))
+                look_up(digest, decode_leaf(read(digest)))
                 return
-            below = _children(digest, store.read(digest), level)
+            below = _children(digest, read(digest), level)
         except UNREADABLE as error:
             lost[digest] = str(error)
             return
         for _, child in below:
             go_through(child, level - 1)
 
+    def read(digest: Digest) -> bytes:
+        page = store.read(digest)
+        if without and all(place.pack in without for place in store.cache.find([digest])[0]):
+            lost[digest] = f"map page {digest.hex()} lies in a damaged pack"
+        return page
+
     def look_up(leaf: Digest, extents: list[Extent]) -> None:
-        for extent, places in zip(extents, store.cache.find([extent.digest for extent in extents]), strict=True):
+        for extent, known in zip(extents, store.cache.find([extent.digest for extent in extents]), strict=True):
+            places = [place for place in known if place.pack not in without]
             whole = [place for place in places if (place.pack, extent.digest) not in damage]
             if not places:
                 lost[extent.digest] = f"chunk {extent.digest.hex()} is in no pack"

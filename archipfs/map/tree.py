@@ -110,14 +110,23 @@ def updated(
 
 def differing(fetch: Fetch, one: Digest | None, other: Digest | None) -> Iterator[int]:
     """The regions whose leaf pages differ between two maps, in order. Equal subtrees are not read."""
+    return (region for region, _, _ in differing_leaves(fetch, one, other))
+
+
+def differing_leaves(
+    fetch: Fetch, one: Digest | None, other: Digest | None
+) -> Iterator[tuple[int, Digest | None, Digest | None]]:
+    """As ``differing``, with the leaf page of either map; ``None`` where that one has a hole."""
     return _differing(fetch, one, other, ROOT_LEVEL, 0)
 
 
-def _differing(fetch: Fetch, one: Digest | None, other: Digest | None, level: int, base: int) -> Iterator[int]:
+def _differing(
+    fetch: Fetch, one: Digest | None, other: Digest | None, level: int, base: int
+) -> Iterator[tuple[int, Digest | None, Digest | None]]:
     if one == other:
         return
     if level == 0:
-        yield base
+        yield base, one, other
         return
     mine = _slots(fetch, one, level)
     theirs = _slots(fetch, other, level)

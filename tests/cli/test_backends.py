@@ -28,6 +28,24 @@ def test_create(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert cli("backend-list", "-H", "-o", "name,place").lines == [f"fast\t{place}"]
 
 
+def test_how_a_store_keeps_what_is_sealed(cli: Cli, tmp_path: Path) -> None:
+    place = str(tmp_path / "fast")
+    made = ["backend-create", "fast", "--driver", "file", "--path", place]
+    chosen = ["--hash", "sha256", "--compression", "zstd", "--chunk-size", "64K"]
+    assert cli(*made, *chosen).code == 0
+    info = cli("backend-info", "fast", "--format", "json").json
+    assert (info["hash"], info["compression"]) == ("sha256", "zstd")
+    again = ["backend-create", "again", "--driver", "file", "--path", place]
+    cli("--root", str(tmp_path / "other"), *again, "--hash", "blake3").failed(1, "its hash is sha256")
+    cli("--root", str(tmp_path / "other"), *again, "--compression", "none").failed(1, "its compression is zstd")
+    cli("--root", str(tmp_path / "other"), *again, "--chunk-size", "4K").failed(1, "sectors a chunk is 16")
+    assert cli("--root", str(tmp_path / "other"), *again, *chosen).code == 0
+    third = ["backend-create", "third", "--driver", "file", "--path", str(tmp_path / "third")]
+    cli(*third, "--hash", "md5").failed(2, "no content hash is called 'md5'")
+    cli(*third, "--compression", "gzip").failed(2, "no compression is called 'gzip'")
+    cli(*third, "--chunk-size", "3K").failed(2, "chunks of 3 KiB on average cannot be")
+
+
 def test_volumes_lie_where_they_were_wanted(cli: Cli, vm1: str, tmp_path: Path) -> None:
     cli("backend-create", "fast", "--driver", "file", "--path", str(tmp_path / "fast"))
     cli("volume-create", "--name", "vm2", "--size", "2G", "--backend", "fast")

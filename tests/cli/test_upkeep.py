@@ -122,3 +122,23 @@ def test_what_goes_with_data_needs_it(cli: Cli, arguments: tuple[str, ...]) -> N
 
 def test_a_rate_has_to_be_a_size(cli: Cli) -> None:
     cli("check", "--data", "--rate", "fast").failed(2, "not a size")
+
+
+def test_a_pack_that_is_gone_is_told_of_and_mended(
+    cli: Cli, root: Path, tmp_path: Path, image: Callable[..., str]
+) -> None:
+    file = image("a", range(300))
+    cli("volume-import", file, "--name", "a")
+    packs(root)[0].unlink()
+    for arguments in (("check",), ("check", "--data"), ("check", "--data", "--repair")):
+        found = cli(*arguments, "-H", "-o", "which,what")
+        assert found.code == 1
+        assert found.out.startswith("volume a ("), "also where a page is lost and no garbage can be collected"
+        assert "bytes 0 to " in found.out
+    cli("gc").failed(1, "cannot be read", "nothing is deleted")
+    assert cli("volume-info", "a", "--format", "json").json["exclusive"] is None
+    assert cli("backend-info", "--format", "json").json["unique"] is None
+    cli("backend-create", "second", "--driver", "file", "--path", str(tmp_path / "second"))
+    cli("volume-import", file, "--name", "again", "--backend", "second")
+    assert cli("check", "--data", "--repair").code == 0
+    assert cli("volume-info", "a", "--format", "json").json["exclusive"] > 300 * SECTOR

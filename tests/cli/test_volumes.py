@@ -278,3 +278,61 @@ class TestLocks:
     def test_of_nothing(self, cli: Cli, command: str) -> None:
         cli(command, "nothing").failed(1, "no volume is called nothing")
         cli(command).failed(2, "'NAME'", f"see archip {command} --help")
+
+
+class TestSealing:
+    def test_a_snapshot(self, cli: Cli, vm1: str) -> None:
+        cli("volume-snapshot", "vm1@monday")
+        assert cli("volume-info", "vm1@monday", "-H", "-o", "state,sealed").out == "frozen\tno\n"
+        assert cli("volume-seal", "vm1@monday").out.startswith("sealed vm1@monday: read 0 B, stored ")
+        assert cli("volume-info", "vm1@monday", "-H", "-o", "state,sealed").out == "sealed\tyes\n"
+        assert cli("volume-seal", "vm1@monday").out == "vm1@monday has nothing to seal\n"
+
+    def test_several(self, cli: Cli, vm1: str) -> None:
+        cli("volume-snapshot", "vm1@monday")
+        done = cli("volume-seal", "vm1", "vm1@monday", "--format", "json").json
+        assert [(each["name"], each["layers"]) for each in done] == [("vm1", 1), ("vm1@monday", 0)]
+
+    def test_all_but_what_another_node_has(
+        self, cli: Cli, vm1: str, another_node: Callable[[], None], tmp_path: Path
+    ) -> None:
+        cli("volume-create", "--name", "vm2", "--size", "1G")
+        cli("volume-snapshot", "vm2@monday")
+        cli("volume-lock", "vm1")
+        another_node()
+        lines = cli("volume-seal", "--all").lines
+        assert lines[0].startswith("passed over vm1: vm1 is locked by ")
+        assert [line.partition(" ")[0] for line in lines[1:]] == ["sealed", "vm2@monday"]
+        cli("volume-seal", "vm1").failed(1, "vm1 is locked by ")
+
+    @pytest.mark.parametrize("given", [[], ["vm1", "--all"]])
+    def test_wrong_usage(self, cli: Cli, vm1: str, given: list[str]) -> None:
+        cli("volume-seal", *given).failed(2, "--all")
+
+    def test_unknown(self, cli: Cli, vm1: str) -> None:
+        cli("volume-seal", "nothing").failed(1, "nothing")
+
+
+class TestImport:
+    def test_a_file(self, cli: Cli, tmp_path: Path) -> None:
+        image = tmp_path / "image"
+        image.write_bytes(os.urandom(20000))
+        os.truncate(image, 1 << 20)
+        assert cli("volume-import", str(image), "--name", "vm1").out.startswith(
+            "imported vm1, 1 MiB: 20 KiB of data, stored 20."
+        )
+        made = cli("volume-import", str(image), "--name", "vm2", "--format", "json").json
+        assert (made["size"], made["data"], made["added"]) == (1 << 20, 5 * 4096, 0)
+        assert cli("volume-info", "vm2", "-H", "-o", "kind,sealed").out == "volume\tyes\n"
+
+    def test_refused(self, cli: Cli, vm1: str, tmp_path: Path) -> None:
+        image = tmp_path / "image"
+        image.touch()
+        cli("volume-import", str(image), "--name", "vm2").failed(2, "size 0 is not positive")
+        image.write_bytes(b"x")
+        cli("volume-import", str(image), "--name", vm1).failed(1, "vm1 exists already")
+        cli("volume-import", str(image), "--name", "a/b").failed(2, "invalid name")
+        cli("volume-import", str(image), "--name", "vm2", "--backend", "nowhere").failed(1, "nowhere")
+        cli("volume-import", str(tmp_path / "none"), "--name", "vm2").failed(1, "there is no file")
+        cli("volume-import", str(tmp_path), "--name", "vm2").failed(2, "neither a file nor a disk")
+        assert names(cli) == [vm1]

@@ -1,6 +1,7 @@
 """The control socket: several clients, nonsense, and clients that go away."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -164,16 +165,13 @@ def test_hanging_up_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_end_of_the_daemon_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def talk() -> None:
-        stream = await trio.open_unix_socket(str(tmp_path / "run" / control.SOCKET_NAME))
-        streams.append(stream)
+    def ask() -> None:
+        connection.connect(str(tmp_path / "run" / control.SOCKET_NAME))
         request = {"command": "count", "arguments": {"until": 100_000}, "progress": True}
-        await stream.send_all(json.dumps(request).encode() + b"\n")
-        assert json.loads(await stream.receive_some())["progress"][1] == 100_000
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        assert json.loads(connection.recv(4096))["progress"][1] == 100_000
 
-    streams: list[trio.SocketStream] = []  # they stay open: it is not the hanging up that ends the command
-    with long_command(monkeypatch) as ended:
-        serve_while(tmp_path, talk)
+    # It stays open: it is not the hanging up that ends the command.
+    with socket.socket(socket.AF_UNIX) as connection, long_command(monkeypatch) as ended:
+        serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
         assert ended.is_set()
-    for stream in streams:
-        stream.socket.close()

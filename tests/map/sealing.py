@@ -14,13 +14,14 @@ from archipfs.blockers.contract import Blocker
 from archipfs.errors import Conflict
 from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
-from archipfs.map.chunks import ChunkStore, Swept
+from archipfs.map.chunks import ChunkStore, Swept, pack_key
 from archipfs.map.gc import Collector
 from archipfs.map.hashes import content_hash
+from archipfs.map.packs import PackBuilder
 from archipfs.map.pages import Extent, decode_leaf, encode_leaf
 from archipfs.map.records import LayerRecord, Sealed
 from archipfs.map.tree import Tree, updated
-from archipfs.types import REGION_SECTORS, SECTOR_BYTES, Digest, LayerId, new_layer_id
+from archipfs.types import REGION_SECTORS, SECTOR_BYTES, Digest, LayerId, PackId, new_layer_id
 
 NODE = "1" * 32
 OTHER_NODE = "2" * 32
@@ -95,6 +96,17 @@ class Sealer:
             except Conflict:
                 return False
             return True
+
+    def copy_pack(self, pack: PackId) -> PackId:
+        """Another pack with the same content, as two nodes make them that seal the same at the same time."""
+        index = self.store.index(pack)
+        builder = PackBuilder(self.store.hash.digest_bytes, self.node, index.created_ns + 1)
+        for entry in index.entries:
+            stored = self.blocker.get(pack_key(pack), entry.offset, entry.stored_bytes)
+            builder.add(entry.digest, entry.kind, entry.coding, entry.raw_bytes, stored)
+        copy, data = builder.build()
+        self.blocker.put(pack_key(copy), data)
+        return copy
 
     def root(self, layer: LayerId) -> Digest:
         sealed = self.catalog.layer(layer).record.sealed

@@ -312,7 +312,7 @@ def test_damage_that_becomes_known_while_a_region_is_resolved(
         store.locate(digest)
 
 
-def test_a_cache_that_is_full_fails_no_read(
+def test_a_cache_that_is_full_fails_no_read_and_no_seal(
     blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = nodes(blocker)
@@ -324,8 +324,10 @@ def test_a_cache_that_is_full_fails_no_read(
         raise StoreFull("made up")
 
     monkeypatch.setattr(store.cache, "page_put", full)
+    monkeypatch.setattr(store.cache, "pages_put", full)
     monkeypatch.setattr(store.cache, "region_put", full)
     assert store.page(page) == b"a page"
+    store.keep_pages([(page, b"a page")])
     store.region_put(page, b"resolved", store.regions_ticket())
 
 

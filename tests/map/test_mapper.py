@@ -25,7 +25,7 @@ from archipfs.errors import (
 from archipfs.map.catalog import STORE_IDENT, Catalog
 from archipfs.map.check import Severity
 from archipfs.map.locks import Node
-from archipfs.map.mapper import Attributes, Mapper, bitmap_key, create_store, data_key
+from archipfs.map.mapper import Attributes, Mapper, StoreOptions, bitmap_key, create_store, data_key
 from archipfs.map.records import Hold, Kind, LayerRecord, StoreRecord, VolumeRecord
 from archipfs.types import SIZE_BYTES_MAX, VOLUME_BYTES_MAX, new_layer_id, new_volume_id
 from tests.compose.world import World
@@ -56,7 +56,7 @@ def test_there_has_to_be_a_store() -> None:
 
 def test_making_a_store_again_changes_nothing() -> None:
     blocker = MemoryBlocker()
-    create_store(blocker, "sha256")
+    create_store(blocker, StoreOptions("sha256"))
     before = blocker.get_record(f"store/{STORE_IDENT}")
     create_store(blocker)
     assert blocker.get_record(f"store/{STORE_IDENT}") == before

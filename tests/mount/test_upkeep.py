@@ -21,11 +21,6 @@ pytestmark = pytest.mark.mount
 VOLUME_BYTES = 8 << 20
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
 def noise(seed: int, size: int) -> bytes:
     return random.Random(seed).randbytes(size)
 

@@ -25,6 +25,8 @@ class Job:
     depth: int
     fsync: bool = False
     """An fsync after each write."""
+    once: bool = False
+    """From one end to the other and no more, however long that takes."""
 
     @property
     def unit(self) -> str:
@@ -36,7 +38,8 @@ def command(path: Path, job: Job, size_bytes: int, seconds: float) -> list[str]:
         "fio",
         *("--name=bench", f"--filename={path}", "--ioengine=libaio", "--direct=1", "--thread"),
         *(f"--rw={job.mode}", f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={size_bytes}"),
-        *("--time_based", f"--runtime={round(seconds * 1e3)}ms", "--norandommap", "--randrepeat=0"),
+        *([] if job.once else ["--time_based", f"--runtime={round(seconds * 1e3)}ms"]),
+        *("--norandommap", "--randrepeat=0"),
         *("--output-format=json", "--lat_percentiles=1", f"--percentile_list={':'.join(PERCENTILES)}"),
         *(["--fsync=1"] if job.fsync else []),
     ]

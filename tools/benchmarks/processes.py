@@ -11,6 +11,7 @@ from pathlib import Path
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
+INSTALL_TIMEOUT_S = 600.0
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -30,6 +31,13 @@ def run(*command: str | Path, timeout_s: float = START_TIMEOUT_S) -> str:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise CannotRun(f"{command[0]} ended with status {done.returncode}: {said[-1] if said else 'no message'}")
     return done.stdout.strip()
+
+
+def install(*packages: str) -> None:
+    """Debian's packages, those that are missing. Raises ``CannotRun``."""
+    quiet = ("apt-get", "-q", "-q", "-o", "DPkg::Lock::Timeout=300")
+    run(*quiet, "update", timeout_s=INSTALL_TIMEOUT_S)
+    run(*quiet, "install", "--yes", "--no-install-recommends", *packages, timeout_s=INSTALL_TIMEOUT_S)
 
 
 @contextmanager
@@ -110,6 +118,10 @@ class Servers:
         if self.kernel_workers:
             return None
         return Memory.sum(Memory.of(pid) for pid in self.pids)
+
+    def peak_bytes(self) -> int:
+        """The most memory that they ever had resident, together."""
+        return sum(_kilobytes(Path(f"/proc/{pid}/status"))["VmHWM"] for pid in self.pids)
 
 
 def cpu_between(before: CpuTimes, after: CpuTimes) -> float:

@@ -44,6 +44,11 @@ class Archipfs:
     def mountpoint(self) -> Path:
         return self.root / "mnt"
 
+    @property
+    def packs(self) -> Path:
+        """Where its default backend keeps what is sealed."""
+        return self.root / "state" / "store" / "objects" / "pack"
+
     def mount(self) -> None:
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         run(self.command, "--root", self.root, "mount", self.mountpoint)

@@ -1,0 +1,127 @@
+"""Sealing in the background: what is due, how fast, and for whom it gives way."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import structlog.testing
+import trio
+
+from archipfs.compose.composer import Composer
+from archipfs.config import SealConfig
+from archipfs.daemon.sealing import BackgroundSealing
+from archipfs.errors import StoreError
+from archipfs.types import REGION_BYTES, SECTOR_BYTES
+from tests.compose.world import World, fill, pattern
+
+AT_ONCE = SealConfig(after_seconds=0)
+
+
+@pytest.fixture
+def composer(tmp_path: Path) -> Composer:
+    composer = World(tmp_path / "nodes").composer()
+    composer.create("vm", 8 * REGION_BYTES)
+    for region in range(8):
+        fill(composer, "vm", pattern(region, 4), region * REGION_BYTES)
+    composer.snapshot("vm", "snap")
+    return composer
+
+
+def in_background(work: Callable[[], object]) -> None:
+    """As the daemon calls it."""
+
+    async def call() -> None:
+        await trio.to_thread.run_sync(work)
+
+    trio.run(call)
+
+
+def state(composer: Composer) -> str:
+    found = composer.find("snap")
+    return "sealed" if found.mapper.catalog.layer(found.record.layer).record.sealed else "frozen"
+
+
+def test_only_what_is_old_enough_is_sealed(composer: Composer) -> None:
+    in_background(BackgroundSealing(composer, SealConfig(after_seconds=3600)).seal_what_is_due)
+    assert state(composer) == "frozen"
+    in_background(BackgroundSealing(composer, AT_ONCE).seal_what_is_due)
+    assert state(composer) == "sealed"
+
+
+def test_it_does_not_look_all_the_time(composer: Composer) -> None:
+    sealing = BackgroundSealing(composer, SealConfig(after_seconds=3600))
+    in_background(sealing.seal_what_is_due)
+    old = msgspec.structs.replace(composer.find("snap").record, created_ns=0)
+    composer.mapper().change(old.id, lambda record: old)
+    in_background(sealing.seal_what_is_due)
+    assert state(composer) == "frozen"
+
+
+def test_what_lies_below_a_volume_whose_snapshots_are_gone_is_sealed(composer: Composer) -> None:
+    composer.remove("snap")
+    in_background(BackgroundSealing(composer, AT_ONCE).seal_what_is_due)
+    chain = composer.mapper().catalog.chain(composer.find("vm").record.layer)
+    assert [layer.sealed is not None for layer in chain] == [False, True]
+
+
+def test_a_volume_is_frozen_only_if_it_was_not_written_for_long(composer: Composer) -> None:
+    fill(composer, "vm", pattern(9))
+    in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=3600)).seal_what_is_due)
+    assert composer.stored_bytes(composer.find("vm")) >= SECTOR_BYTES
+    time.sleep(0.02)
+    in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.01)).seal_what_is_due)
+    assert composer.stored_bytes(composer.find("vm")) == 0
+
+
+def test_it_keeps_to_its_bandwidth(composer: Composer) -> None:
+    fill(composer, "vm", pattern(10, 100))
+    composer.snapshot("vm", "more")
+    read_bytes = 132 * SECTOR_BYTES
+    started = time.monotonic()
+    in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, bandwidth=read_bytes)).seal_what_is_due)
+    assert state(composer) == "sealed"
+    assert time.monotonic() - started > 0.7
+
+
+def test_it_gives_way_to_a_seal_that_somebody_waits_for(composer: Composer) -> None:
+    sealing = BackgroundSealing(composer, AT_ONCE)
+    composer.seals_waited_for += 1
+    in_background(sealing.seal_what_is_due)
+    assert state(composer) == "frozen"
+    composer.seals_waited_for -= 1
+    in_background(sealing.seal_what_is_due)
+    assert state(composer) == "sealed"
+
+
+def test_it_ends_with_the_daemon(composer: Composer) -> None:
+    sealing = BackgroundSealing(composer, SealConfig(after_seconds=0, bandwidth=1))
+
+    async def live() -> None:
+        with trio.move_on_after(0.3):
+            await trio.to_thread.run_sync(sealing.seal_what_is_due)
+
+    started = time.monotonic()
+    trio.run(live)
+    assert time.monotonic() - started < 5
+    assert state(composer) == "frozen"
+
+
+def test_what_fails_is_said_and_left_alone_for_a_while(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sealing = BackgroundSealing(composer, AT_ONCE)
+    tried = []
+
+    def fail(name: str, **options: object) -> None:
+        tried.append(name)
+        raise StoreError("the disk is on fire; put it out")
+
+    monkeypatch.setattr(composer, "seal", fail)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            in_background(sealing.seal_what_is_due)
+    assert sorted(tried) == ["snap", "vm"]
+    assert {entry["log_level"] for entry in logs} == {"error"}
+    monkeypatch.undo()
+    in_background(sealing.seal_what_is_due)
+    assert state(composer) == "frozen"
