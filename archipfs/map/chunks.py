@@ -63,7 +63,7 @@ _HEADS_IN_MEMORY = 16
 
 
 class Swept(ArchipError):
-    """What a session relied upon is being taken away, or gone: seal anew."""
+    """What a session relied upon is being taken away, gone or damaged: seal anew."""
 
 
 def check_compression(name: str) -> str:
@@ -206,6 +206,10 @@ class ChunkStore:
     def condemned(self) -> frozenset[PackId]:
         """As of the last look: see ``reread_marks``."""
         return self._marks.condemned
+
+    def damaged(self) -> frozenset[tuple[PackId, Digest]]:
+        """What is known to be damaged, as of the last look."""
+        return self._marks.damaged
 
     def index(self, pack: PackId) -> PackIndex:
         """What a pack's head says, read from the store.
@@ -460,6 +464,7 @@ class Session:
         self._pending: dict[Digest, bytes | None] = {}
         """What is in no durable pack yet; with its bytes where the hash is not trusted."""
         self._relied_upon: set[PackId] = set()
+        self._damaged_before = store.damaged()
 
     def add_chunk(self, digest: Digest, data: Buffer) -> bool:
         """Have the store keep ``data``, which has that digest. Whether it was new. Puts a pack when one is full.
@@ -495,24 +500,24 @@ class Session:
             continue
 
     def verify(self) -> None:
-        """Raises ``Swept`` if anything that this session wrote or relies upon is condemned or gone.
+        """Raises ``Swept`` if anything that this session wrote or relies upon is condemned or gone, or was found to be
+        damaged since it began: whoever seals anew has a good copy yet, and stores it.
 
         The condemned come before the list: a pack that was condemned, deleted and absolved before the first look is
         missing in the second.
         """
         condemned = self._store.reread_marks()
+        damaged = {pack for pack, _ in self._store.damaged() - self._damaged_before}
         present = {PackId(key.partition("/")[2]) for key in self._store.blocker.list(PACK_KIND)}
         relied_upon = self.relied_upon()
-        swept = {
-            pack
-            for pack in relied_upon
-            if pack in condemned or (pack not in present and not self._store.blocker.exists(pack_key(pack)))
-        }
+        gone = {pack for pack in relied_upon - present if not self._store.blocker.exists(pack_key(pack))}
+        if gone:
+            self._store.forget(gone)
+        swept = relied_upon & (condemned | damaged) | gone
         if swept:
-            self._store.forget(swept - condemned)
             raise Swept(
-                f"{len(swept)} of {len(relied_upon)} packs that were relied upon are being collected as garbage, "
-                f"pack {min(swept)} among them; seal anew"
+                f"{len(swept)} of {len(relied_upon)} packs that were relied upon are being collected as garbage or "
+                f"damaged, pack {min(swept)} among them; seal anew"
             )
 
     def relied_upon(self) -> set[PackId]:

@@ -415,6 +415,31 @@ def test_verify_sees_what_is_swept(blocker: MemoryBlocker, nodes: Nodes, how: st
     assert store.read(digest) == chunk(1)
 
 
+def test_verify_sees_damage_that_was_found_meanwhile(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    """A scrub beside a seal: what the seal has in hand may be the last good copy."""
+    store = nodes(blocker)
+    known, found = store_all(store, [chunk(1)])[0], store_all(store, [chunk(2)])[0]
+
+    def find_damaged(digest: Digest) -> None:
+        pack = store.locate(digest).pack
+        Catalog(blocker).put(DamageRecord(pack, [digest.hex()]), pack, None)
+
+    find_damaged(known)
+    with store.session() as session:
+        assert session.add_chunk(known, chunk(1))
+        assert not session.add_chunk(found, chunk(2))
+        session.flush()
+        session.verify()
+        find_damaged(found)
+        with pytest.raises(Swept, match="damaged"):
+            session.verify()
+    with store.session() as session:
+        assert session.add_chunk(found, chunk(2))
+        session.flush()
+        session.verify()
+    assert store.read(found) == chunk(2)
+
+
 @pytest.mark.parametrize("first", ["list", "list_records"])
 def test_verify_sees_a_sweep_that_ends_while_it_looks(
     nodes: Nodes, first: str, monkeypatch: pytest.MonkeyPatch
