@@ -158,13 +158,27 @@ class SealedStore:
             with suppress(ObjectMissing, ObjectDamaged):
                 return self._opened_region(self._resolve(leaf))
         self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
-        return self._opened_region(self._resolve(leaf))
+        return self._opened_region(self._resolve(leaf), beside_damage=True)
 
-    def _opened_region(self, blob: bytes) -> tuple[bytes, Sequence[EnginePack]]:
+    def _opened_region(self, blob: bytes, *, beside_damage: bool = False) -> tuple[bytes, Sequence[EnginePack]]:
+        """``beside_damage``: what lies in packs that cannot be used is damaged, and the rest can be read."""
         count, _ = _COUNTS.unpack_from(blob)
-        names = [_PACK.unpack_from(blob, _COUNTS.size + index * _PACK.size) for index in range(count)]
-        packs = [self._pack((unpacked, PackId(ident.hex()))) for unpacked, ident in names]
-        return blob[_COUNTS.size + count * _PACK.size :], packs
+        extents = blob[_COUNTS.size + count * _PACK.size :]
+        packs: list[EnginePack] = []
+        numbers = []
+        for index in range(count):
+            unpacked, ident = _PACK.unpack_from(blob, _COUNTS.size + index * _PACK.size)
+            try:
+                packs.append(self._pack((unpacked, PackId(ident.hex()))))
+                numbers.append(len(packs) - 1)
+            except (ObjectMissing, ObjectDamaged) as error:
+                if not beside_damage:
+                    raise
+                log.error("pack cannot be used", pack=ident.hex(), error=str(error))
+                numbers.append(PACK_DAMAGED)
+        if PACK_DAMAGED in numbers:
+            extents = _renumbered(extents, numbers)
+        return extents, packs
 
     def _resolve(self, leaf: Digest) -> bytes:
         """A region as it is kept; it is kept if all of it can be read."""
@@ -235,6 +249,14 @@ class SealedStore:
     def read_chunk(self, digest: Digest, offset: int, length: int) -> bytes:
         """A range of a chunk, through the object cache."""
         return self._shared.objects.read(digest, offset, length, lambda: self.chunks.read(digest))
+
+
+def _renumbered(extents: bytes, numbers: Sequence[int]) -> bytes:
+    """Extents whose packs have other numbers now."""
+    return b"".join(
+        EXTENT.pack(first, count, pack if pack == PACK_DAMAGED else numbers[pack], offset)
+        for first, count, pack, offset in EXTENT.iter_unpack(extents)
+    )
 
 
 def _log_progress(backend: str) -> Callable[[int, int], None]:
