@@ -24,7 +24,7 @@ from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
-from archipfs.map.chunks import ChunkStore
+from archipfs.map.chunks import ChunkStore, pack_key
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
 from archipfs.map.packs import Coding, Entry
@@ -209,7 +209,7 @@ class SealedStore:
     def _has_descriptors(self, pack: PackId) -> bool:
         """Whether the driver gives descriptors of its packs; this one tells for all of them."""
         if self._descriptors is None:
-            opened = self.chunks.open_pack(pack)
+            opened = self._mapper.blocker.open(pack_key(pack))  # be it damaged or not
             try:
                 self._descriptors = opened.fileno() is not None
             finally:
