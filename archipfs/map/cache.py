@@ -256,7 +256,13 @@ class _Env:
     def _grow(self) -> None:
         """Somebody else may have grown it just before: then it has room for long."""
         with self._gate.alone():
-            self._env.set_mapsize(2 * self._env.info()["map_size"])
+            try:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            except lmdb.Error as error:
+                # LMDB has unmapped the file, and would touch it nevertheless.
+                self._env.close()
+                self._failed = True
+                raise self._error(error) from error
 
     def _open(self) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
         with _errors_of(self._path):

@@ -381,6 +381,31 @@ def test_where_it_cannot_begin_anew_it_tries_again(tmp_path: Path, monkeypatch: 
         assert cache.packs() == {pack_id(2)}
 
 
+def test_where_it_cannot_grow_it_is_touched_no_more_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoRoom:
+        def __init__(self, env: object) -> None:
+            self._env = env
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._env, name)
+
+        def set_mapsize(self, size: int) -> None:
+            raise cache_module.lmdb.MemoryError("made up")
+
+    monkeypatch.setattr(cache_module, "_MAP_BYTES", 1 << 16)
+    with Cache(tmp_path) as cache:
+        env = cache._index._env
+        cache._index._env = NoRoom(env)  # type: ignore[assignment]
+        with pytest.raises(StoreError, match="made up"):
+            cache.add_pack(pack(1, list(range(2000))))
+        with pytest.raises(cache_module.lmdb.Error, match="closed"):
+            env.info()
+        cache.add_pack(pack(2, [2]))
+        assert cache.packs() == {pack_id(2)}
+
+
 def test_a_cache_that_could_not_begin_anew_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise cache_module.lmdb.CorruptedError("made up")
