@@ -8,6 +8,7 @@ in a pack's own bytes where the pack has a descriptor and the chunk is not compr
 byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
 """
 
+import hashlib
 import struct
 import threading
 import time
@@ -248,7 +249,13 @@ class SealedStore:
 
     def read_chunk(self, digest: Digest, offset: int, length: int) -> bytes:
         """A range of a chunk, through the object cache."""
-        return self._shared.objects.read(digest, offset, length, lambda: self.chunks.read(digest))
+        chunks = self.chunks
+        name = digest
+        if not chunks.hash.trusted:
+            # The cache is that of all backends, and in another one this digest may be that of other bytes.
+            key = bytes.fromhex(self._mapper.store.id)
+            name = Digest(hashlib.blake2b(digest, key=key, digest_size=32).digest())
+        return self._shared.objects.read(name, offset, length, lambda: chunks.read(digest))
 
 
 def _renumbered(extents: bytes, numbers: Sequence[int]) -> bytes:

@@ -305,3 +305,20 @@ def test_a_pack_of_a_wrong_size_harms_only_what_lies_in_it(tmp_path: Path) -> No
 def replace_pack(blocker: Blocker, pack: PackId, content: bytes) -> None:
     blocker.delete(f"pack/{pack}")
     blocker.put(f"pack/{pack}", content)
+
+
+def test_a_collision_between_backends_does_not_pass_through_the_object_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = [make_world(tmp_path / name, "memory", "xxh3-128", "zstd") for name in "ab"]
+    composers = [each.composer() for each in worlds]
+    one, other = (store_of(each) for each in composers)
+    monkeypatch.setattr(other, "_shared", one._shared)
+    digest = Digest(bytes(16))
+    for store, content in ((one, b"x" * SECTOR_BYTES), (other, b"y" * SECTOR_BYTES)):
+        monkeypatch.setattr(store.chunks, "read", lambda _, content=content: content)
+        for _ in range(2):
+            assert store.read_chunk(digest, 0, SECTOR_BYTES) == content
+    monkeypatch.undo()
+    for each in composers:
+        each.close_all()
