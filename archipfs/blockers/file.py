@@ -103,6 +103,7 @@ from archipfs.blockers.contract import (
     check_kind,
     check_range,
 )
+from archipfs.blockers.direct import WORTHWHILE_BYTES, write_direct
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -868,7 +869,10 @@ def _write_file(path: str, *pieces: bytes) -> None:
     """A new file, synced; its name is not."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _write_all(fd, *pieces)
+        if sum(map(len, pieces)) < WORTHWHILE_BYTES:
+            _write_all(fd, *pieces)
+        else:
+            write_direct(fd, pieces)
         os.fsync(fd)
     finally:
         os.close(fd)

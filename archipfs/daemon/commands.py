@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from archipfs.compose.composer import Found, Made
 from archipfs.compose.describe import describe, describe_lock, summary
@@ -20,8 +20,10 @@ from archipfs.daemon.node import Node
 from archipfs.errors import DaemonError, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.pithos import top_hash
-from archipfs.map.space import Space
 from archipfs.types import Digest, RequestId
+
+if TYPE_CHECKING:
+    from archipfs.map.space import Space
 
 Answer = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -234,7 +236,7 @@ def backend_info(node: Node, name: str) -> Answer:
     }
 
 
-def _totals(space: Space) -> dict[str, Any]:
+def _totals(space: "Space") -> dict[str, Any]:
     """What is sealed, and what it takes; ``None`` for what nobody can say, as for ``_space_of``."""
     try:
         account = space.account()

@@ -1,11 +1,13 @@
 """The upkeep of one backend: garbage, damage, accounts of space. What it takes is opened when it is first needed: a
-store in which nothing was ever sealed has none of it.
+store in which nothing was ever sealed has none of it. That goes for numpy too, which takes longer to load than all the
+rest of a command: only collecting and accounting load it.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -15,13 +17,15 @@ from archipfs.compose.sealed import SealedStore
 from archipfs.errors import ArchipError, Busy, ObjectDamaged, ObjectMissing
 from archipfs.map.check import Finding, check_backend
 from archipfs.map.chunks import PACK_KIND
-from archipfs.map.gc import Collected, Collector
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import DamageRecord
 from archipfs.map.scrub import Bookmark, Elsewhere, Progress, Repaired, Scrubbed, repair, scrub
-from archipfs.map.space import Accountant, Space
 from archipfs.map.survey import sealed_roots
 from archipfs.types import Digest
+
+if TYPE_CHECKING:
+    from archipfs.map.gc import Collected, Collector
+    from archipfs.map.space import Accountant, Space
 
 log = structlog.get_logger()
 
@@ -47,14 +51,18 @@ class Upkeep:
         self._collector: Collector | None = None
         self._accountant: Accountant | None = None
 
-    def _the_collector(self) -> Collector:
+    def _the_collector(self) -> "Collector":
+        from archipfs.map.gc import Collector
+
         with self._opening:
             if self._collector is None:
                 chunks, mapper = self._sealed.chunks, self.mapper
                 self._collector = Collector(mapper.catalog, mapper.blocker, chunks, mapper.node.id, self._sealed.forget)
             return self._collector
 
-    def _the_accountant(self) -> Accountant:
+    def _the_accountant(self) -> "Accountant":
+        from archipfs.map.space import Accountant
+
         with self._opening:
             if self._accountant is None:
                 self._accountant = Accountant(self._sealed.chunks)
@@ -67,11 +75,11 @@ class Upkeep:
     def check(self, pulse: Pulse) -> list[Finding]:
         return check_backend(self.mapper, self._sealed.chunks if self.has_sealed() else None, pulse)
 
-    def collect(self, pulse: Pulse, *, dry_run: bool = False) -> Collected | None:
+    def collect(self, pulse: Pulse, *, dry_run: bool = False) -> "Collected | None":
         """``None`` where nothing was ever sealed."""
         return self._the_collector().collect(dry_run=dry_run, pulse=pulse) if self.has_sealed() else None
 
-    def collect_if_changed(self, pulse: Pulse) -> Collected | None:
+    def collect_if_changed(self, pulse: Pulse) -> "Collected | None":
         """As ``collect``; ``None`` also where nothing was sealed or removed since that last found nothing to do."""
         contents = self._contents()
         if contents == self._settled:
@@ -116,7 +124,9 @@ class Upkeep:
         chunks = self._sealed.chunks if self.has_sealed() else None
         return Elsewhere(self.mapper.backend, self.mapper.blocker, chunks)
 
-    def space(self) -> Space:
+    def space(self) -> "Space":
+        from archipfs.map.space import Space
+
         return Space(self.mapper.catalog, self.mapper.blocker, self._the_accountant)
 
 
