@@ -14,7 +14,7 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map import mapper as mapper_module
-from archipfs.map.catalog import children_first
+from archipfs.map.catalog import Catalog, children_first
 from archipfs.map.check import Severity
 from archipfs.map.locks import Node
 from archipfs.map.mapper import Attributes, Mapper, bitmap_key, create_store, data_key
@@ -379,3 +379,21 @@ def test_a_layer_handed_from_a_volume_to_a_new_snapshot_while_volumes_are_listed
     store.meanwhile = roll_back
     mapper.reclaim()
     assert volume.layer in layers_of(mapper)
+
+
+def test_a_layer_that_somebody_is_about_to_seal_goes_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record changes under the hands of who deletes it, and that is nobody's trouble."""
+    mapper = world.mapper()
+    layer = new_layer(mapper)
+    delete = Catalog.delete
+
+    def shows_intent_first(self: Catalog, kind: type[LayerRecord], ident: str, expected: int) -> None:
+        monkeypatch.undo()
+        self.put(msgspec.structs.replace(self.layer(layer).record, sealing="token"), layer, expected)
+        delete(self, kind, ident, expected)
+
+    monkeypatch.setattr(Catalog, "delete", shows_intent_first)
+    assert mapper.reclaim().layers == 1
+    assert layers_of(mapper) == set()
