@@ -11,7 +11,7 @@ import trio
 
 from archipfs.compose.composer import Composer, Found
 from archipfs.config import SealConfig
-from archipfs.errors import ArchipError, LockHeld, NotFound
+from archipfs.errors import ArchipError, LockHeld, NotFound, StoreFull
 from archipfs.map.records import LayerRecord
 from archipfs.types import LayerId, VolumeId
 
@@ -21,6 +21,8 @@ LOOK_SECONDS_MAX = 60.0
 """How often to look for what is old enough; that takes a look at all records."""
 RETRY_SECONDS = 3600.0
 """How long what could not be sealed is left alone."""
+ROOM_LEFT = 32
+"""That part of the store must stay free, whatever it takes to seal."""
 PAUSE_SECONDS = 0.2
 """A thread that waits sees that often whether it is to end."""
 
@@ -101,6 +103,7 @@ class BackgroundSealing:
 
         def progress(done: int, total: int) -> None:
             self._pause()
+            self._refuse_crowding(found, total - done)
             while self._config.bandwidth and time.monotonic() - started < done / self._config.bandwidth:
                 time.sleep(PAUSE_SECONDS)
                 self._pause()
@@ -108,6 +111,17 @@ class BackgroundSealing:
         self._composer.seal(
             str(found.record.name), live=live, threads=self._config.threads, progress=progress, waited_for=False
         )
+
+    def _refuse_crowding(self, found: Found, rest_bytes: int) -> None:
+        """Raises ``StoreFull`` where sealing might take the room that volumes are about to be written to: it gives
+        space back only when it is done, and until then may take as much as it reads. A store that does not say
+        how large it is has room."""
+        blocker, space = found.mapper.blocker, found.mapper.blocker.space()
+        if space.total_bytes and space.available_bytes < rest_bytes + space.total_bytes // ROOM_LEFT:
+            raise StoreFull(
+                f"{blocker.describe()} may have too little room to seal {found.record.name} beside what is written "
+                "meanwhile; make room, or seal it with `archip volume-seal`"
+            )
 
     def _pause(self) -> None:
         trio.from_thread.check_cancelled()

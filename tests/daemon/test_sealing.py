@@ -9,6 +9,8 @@ import pytest
 import structlog.testing
 import trio
 
+from archipfs.blockers.contract import Space
+from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.config import SealConfig
 from archipfs.daemon.sealing import BackgroundSealing
@@ -73,6 +75,23 @@ def test_a_volume_is_frozen_only_if_it_was_not_written_for_long(composer: Compos
     time.sleep(0.02)
     in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.01)).seal_what_is_due)
     assert composer.stored_bytes(composer.find("vm")) == 0
+
+
+def test_it_takes_no_room_that_volumes_may_need(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives space back only in the end; what it has stored when the store is full helps nobody."""
+    total, rest = 1 << 30, 8 * REGION_BYTES
+    for available, expected in ((total // 32, "frozen"), (total // 32 + rest, "sealed")):
+        monkeypatch.setattr(
+            MemoryBlocker, "space", lambda self, available=available: Space(total, available, available)
+        )
+        in_background(BackgroundSealing(composer, AT_ONCE).seal_what_is_due)
+        assert state(composer) == expected
+        assert bool(list(composer.mapper().blocker.list("pack"))) == (expected == "sealed")
+    composer.create("other", REGION_BYTES)
+    fill(composer, "other", pattern(3, 4))
+    composer.snapshot("other", "others")
+    monkeypatch.setattr(MemoryBlocker, "space", lambda self: Space(total, 0, 0))
+    assert composer.seal("others").layers == 1, "whoever asks for it gets it, as far as there is room"
 
 
 def test_it_keeps_to_its_bandwidth(composer: Composer) -> None:
