@@ -181,6 +181,11 @@ def test_the_end_of_the_daemon_ends_a_long_command(
     with socket.socket(socket.AF_UNIX) as connection, long_command(monkeypatch) as ended:
         begun = threading.Event()
         count = COMMANDS["count"]
-        monkeypatch.setitem(COMMANDS, "count", lambda node, sent, until: begun.set() or count(node, sent, until))
+
+        def begin(node: Node, sent: Sent, until: int) -> int:
+            begun.set()
+            return int(count(node, sent, until))
+
+        monkeypatch.setitem(COMMANDS, "count", begin)
         serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
         assert ended.is_set()
