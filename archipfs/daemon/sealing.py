@@ -21,6 +21,8 @@ LOOK_SECONDS_MAX = 60.0
 """How often to look for what is old enough; that takes a look at all records."""
 RETRY_SECONDS = 3600.0
 """How long what could not be sealed is left alone."""
+FOREIGN_SECONDS = 3600.0
+"""How much longer what another node made is left to that node, lest all of them do the same work."""
 ROOM_LEFT = 32
 """That part of the store must stay free, whatever it takes to seal."""
 PAUSE_SECONDS = 0.2
@@ -83,13 +85,17 @@ class BackgroundSealing:
     def _is_old(self, found: Found, unsealed: dict[LayerId, LayerRecord]) -> bool:
         """Whether its frozen layer has been frozen for long enough, and has no map."""
         record = found.record
-        if not record.writable:
-            return record.layer in unsealed and _age_seconds(record.created_ns) >= self._config.after_seconds
-        head = unsealed.get(record.layer)
-        # The head is as old as what lies below it has been frozen.
-        return (
-            head is not None and head.parent in unsealed and _age_seconds(head.created_ns) >= self._config.after_seconds
-        )
+        frozen, since_ns = unsealed.get(record.layer), record.created_ns
+        if record.writable and frozen is not None:
+            # The head is as old as what lies below it has been frozen.
+            since_ns = frozen.created_ns
+            frozen = unsealed.get(frozen.parent) if frozen.parent is not None else None
+        if frozen is None:
+            return False
+        wanted = self._config.after_seconds
+        if frozen.node != found.mapper.node.id:
+            wanted += FOREIGN_SECONDS
+        return _age_seconds(since_ns) >= wanted
 
     def _is_idle(self, found: Found) -> bool:
         """Whether it is a volume that was not written for so long that what it holds is to be sealed."""

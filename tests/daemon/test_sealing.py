@@ -77,6 +77,21 @@ def test_a_volume_is_frozen_only_if_it_was_not_written_for_long(composer: Compos
     assert composer.stored_bytes(composer.find("vm")) == 0
 
 
+def test_what_another_node_made_is_left_to_it_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "nodes")
+    theirs = world.composer(host="one")
+    theirs.create("vm", REGION_BYTES)
+    fill(theirs, "vm", pattern(1, 4))
+    theirs.snapshot("vm", "snap")
+    ours = world.composer(host="two")
+    in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+    assert state(ours) == "frozen"
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 3600 * 10**9)
+    in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+    assert state(ours) == "sealed"
+
+
 def test_it_takes_no_room_that_volumes_may_need(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives space back only in the end; what it has stored when the store is full helps nobody."""
     total, rest = 1 << 30, 8 * REGION_BYTES
