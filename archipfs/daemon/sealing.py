@@ -11,7 +11,7 @@ import trio
 
 from archipfs.compose.composer import Composer, Found
 from archipfs.config import SealConfig
-from archipfs.errors import ArchipError, LockHeld, NotFound, StoreFull
+from archipfs.errors import ArchipError, LockHeld, NotFound, StoreError, StoreFull
 from archipfs.map.records import LayerRecord
 from archipfs.types import LayerId, VolumeId
 
@@ -49,7 +49,13 @@ class BackgroundSealing:
         if now < self._next_look:
             return
         self._left_alone = {volume: until for volume, until in self._left_alone.items() if until > now}
-        for found, live in list(self._due()):
+        try:
+            due = list(self._due())
+        except ArchipError as error:
+            self._next_look = time.monotonic() + LOOK_SECONDS_MAX
+            log.error("not looked for what is to be sealed, it is tried again", error=str(error))
+            return
+        for found, live in due:
             try:
                 self._seal(found, live)
             except _GivesWay:
@@ -57,8 +63,7 @@ class BackgroundSealing:
             except (LockHeld, NotFound):
                 continue  # open on another node, or removed since
             except ArchipError as error:
-                self._left_alone[found.record.id] = time.monotonic() + RETRY_SECONDS
-                log.error("not sealed, it is tried again in an hour", volume=found.record.name, error=str(error))
+                self._leave_alone(found, error)
         else:
             least = min(self._config.after_seconds, self._config.live_after_seconds or LOOK_SECONDS_MAX)
             self._next_look = time.monotonic() + min(LOOK_SECONDS_MAX, least)
@@ -77,10 +82,19 @@ class BackgroundSealing:
             if found.record.id in self._left_alone:
                 continue
             layers = unsealed[found.mapper.backend]
-            if self._is_idle(found):
-                yield found, True
-            elif self._is_old(found, layers):
-                yield found, False
+            try:
+                if self._is_idle(found):
+                    yield found, True
+                elif self._is_old(found, layers):
+                    yield found, False
+            except NotFound:
+                continue  # removed since
+            except StoreError as error:
+                self._leave_alone(found, error)
+
+    def _leave_alone(self, found: Found, error: ArchipError) -> None:
+        self._left_alone[found.record.id] = time.monotonic() + RETRY_SECONDS
+        log.error("not sealed, it is tried again in an hour", volume=found.record.name, error=str(error))
 
     def _is_old(self, found: Found, unsealed: dict[LayerId, LayerRecord]) -> bool:
         """Whether its frozen layer has been frozen for long enough, and has no map."""

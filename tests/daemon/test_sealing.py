@@ -14,7 +14,8 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.config import SealConfig
 from archipfs.daemon.sealing import BackgroundSealing
-from archipfs.errors import StoreError
+from archipfs.errors import StoreError, StoreUnavailable
+from archipfs.map.mapper import data_key
 from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import World, fill, pattern
 
@@ -75,6 +76,31 @@ def test_a_volume_is_frozen_only_if_it_was_not_written_for_long(composer: Compos
     time.sleep(0.02)
     in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.01)).seal_what_is_due)
     assert composer.stored_bytes(composer.find("vm")) == 0
+
+
+def test_what_cannot_be_looked_at_keeps_nothing_else_from_being_sealed(composer: Composer) -> None:
+    composer.create("broken", REGION_BYTES)
+    composer.mapper().blocker.delete_data(data_key(composer.find("broken").record.layer))
+    sealing = BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.001))
+    time.sleep(0.01)
+    with structlog.testing.capture_logs() as logs:
+        in_background(sealing.seal_what_is_due)
+    assert [each["volume"] for each in logs if each["log_level"] == "error"] == ["broken"]
+    assert state(composer) == "sealed"
+
+
+def test_a_store_that_does_not_answer_is_asked_again_later(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def volumes(self: Composer) -> None:
+        asked.append(self)
+        raise StoreUnavailable("wanted by the test")
+
+    monkeypatch.setattr(Composer, "volumes", volumes)
+    sealing = BackgroundSealing(composer, AT_ONCE)
+    for _ in range(3):
+        in_background(sealing.seal_what_is_due)
+    assert len(asked) == 1
 
 
 def test_what_another_node_made_is_left_to_it_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
