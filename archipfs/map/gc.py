@@ -28,8 +28,8 @@ from archipfs.blockers.contract import Blocker
 from archipfs.errors import Busy, Conflict, Fenced, FormatTooNew, ObjectDamaged, ObjectMissing, StoreFull
 from archipfs.map.catalog import Catalog, Versioned
 from archipfs.map.census import PackUse, take_census
-from archipfs.map.chunks import ChunkStore, pack_key
-from archipfs.map.marking import Marking
+from archipfs.map.chunks import ChunkStore, Location, pack_key
+from archipfs.map.marking import Marking, Prefixes, look_up, prefixes
 from archipfs.map.packs import Entry, Kind, PackIndex
 from archipfs.map.reclaim import refuse_gaps
 from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, LayerRecord, R, VolumeRecord
@@ -161,8 +161,10 @@ class Collector:
         pinned = self._store.pinned()
         # What somebody else has condemned since, who was taken for dead, may be relied upon: no intent was waited for.
         ours = after.condemned & condemned & after.uses.keys() - pinned
-        doomed = [after.uses[pack] for pack in ours if after.uses[pack].dead]
-        needed = after.condemned & after.uses.keys() - {use.pack for use in doomed}
+        dead = {pack for pack in ours if after.uses[pack].dead}
+        marks = marking.marks.sorted()
+        doomed = [after.uses[pack] for pack in sorted(dead) if self._others_can_be_read(pack, dead, marks, kept, pulse)]
+        needed = after.condemned - {use.pack for use in doomed}
         for pack in sorted(needed):
             self._drop(CondemnedRecord, pack)
         self._delete([use.pack for use in doomed], after.strays, pulse)  # 7
@@ -329,6 +331,32 @@ class Collector:
             if intents:
                 pulse()
                 time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    def _others_can_be_read(
+        self, pack: PackId, dead: set[PackId], marks: Prefixes, kept: Counter[str], pulse: Callable[[], None]
+    ) -> bool:
+        """Whether all that is marked in a pack that is about to go has a whole copy in one that stays: it is read.
+
+        What merely has the first bytes of something marked has none, and keeps its pack.
+        """
+        index = self._index_of(pulse)(pack)
+        if index is None:
+            return True  # `find_lost` has seen to it
+        marked, _ = look_up(marks, prefixes(entry.digest for entry in index.entries))
+        digests = [index.entries[place].digest for place in numpy.flatnonzero(marked)]
+        for digest, places in zip(digests, self._store.cache.find(digests), strict=True):
+            pulse()
+            if not any(self._is_whole(place, digest) for place in places if place.pack not in dead):
+                kept[DAMAGED] += 1
+                return False
+        return True
+
+    def _is_whole(self, place: Location, digest: Digest) -> bool:
+        try:
+            self._store.read_at(place, digest)
+        except (ObjectMissing, ObjectDamaged):
+            return False
+        return True
 
     def _delete(self, doomed: list[PackId], strays: set[PackId], pulse: Callable[[], None]) -> None:
         """Packs before their records, so that a record leads to whatever is left."""

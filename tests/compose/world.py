@@ -22,7 +22,6 @@ from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.errors import StoreError
 from archipfs.map.check import Finding, Severity, check_backend
-from archipfs.map.chunks import PACK_KIND
 from archipfs.map.locks import Node
 from archipfs.map.mapper import Mapper, create_store
 from archipfs.map.records import Kind
@@ -184,13 +183,7 @@ class World:
         shutil.rmtree(self.directory / host, ignore_errors=True)
 
     def check(self) -> list[Finding]:
-        """With maps and packs, as a process with an empty cache sees them."""
-        mapper = self.mapper()
-        stores, close = self.sealed_stores(mapper)
-        try:
-            return check_backend(mapper, stores[BACKEND].chunks if any(self.store.list(PACK_KIND)) else None)
-        finally:
-            close()
+        return check_backend(self.mapper())
 
     def problems(self) -> list[Finding]:
         """What ``check`` finds, but for names that a crash left dangling: those may stay."""

@@ -23,7 +23,7 @@ from archipfs.map.gc import DAMAGED, FULL, SEALING_HERE, YOUNG, Collected, Colle
 from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, Kind, LayerRecord, Sealed, VolumeRecord
 from archipfs.types import LayerId, PackId, new_volume_id
 from tests.compose.interleave import NEVER, SteppedBlocker, schedules
-from tests.map.sealing import NODE, OTHER_NODE, Content, Sealer, expected, sealer
+from tests.map.sealing import NODE, OTHER_NODE, Content, Sealer, chunk_of, expected, sealer
 
 PACK_BYTES = 256 << 10
 MUCH = {0: list(range(20)), 3: list(range(20, 40))}
@@ -129,6 +129,19 @@ def test_of_what_lies_in_two_packs_one_is_garbage(blocker: MemoryBlocker, node: 
     assert node.collector().collect().packs == 1
     assert set(packs_of(blocker)) == {min(both)}, "whoever collects, the same one stays"
     assert node.collector().collect() == NOTHING
+    assert node.content(layer) == expected({0: [1, 2, 3]})
+
+
+def test_a_copy_stays_if_the_one_that_counts_is_damaged_and_nobody_knew(blocker: MemoryBlocker, node: Sealer) -> None:
+    layer = node.seal({0: [1, 2, 3]})
+    (pack,) = node.store.packs()
+    both = {pack, node.copy_pack(pack)}
+    place = next(entry for entry in node.store.index(min(both)).entries if entry.raw_bytes == len(chunk_of(2)))
+    damage(blocker, min(both), place.offset)
+    done = node.collector().collect()
+    assert (done.packs, done.needed_again, dict(done.kept)) == (0, 1, {DAMAGED: 1})
+    assert set(packs_of(blocker)) == both
+    assert records_of(blocker, "condemned") == []
     assert node.content(layer) == expected({0: [1, 2, 3]})
 
 
