@@ -45,7 +45,9 @@ def volume_hash(instance: Instance, name: str, as_json: bool) -> None:
 @view_options(RANGES)
 @pass_instance
 def volume_diff(instance: Instance, one: str, other: str, as_bitmap: bool, granularity: str | None, view: View) -> None:
-    """List the ranges in which two volumes differ, related or not.
+    """List the ranges in which two volumes differ.
+
+    They may be related or not, volumes or snapshots, of one backend or of two.
 
     Offset and length are multiples of 4 KiB, but for a length that ends with the larger volume; what lies beyond the
     end of the smaller one counts as zeros. The bitmap is as xapi's VDI.list_changed_blocks has it: the first block is

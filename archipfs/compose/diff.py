@@ -101,7 +101,7 @@ def check_granularity(size: int, granularity: int) -> None:
 
 
 def bitmap(runs: Iterable[Run], size: int, granularity: int) -> bytes:
-    """A bit for each ``granularity`` bytes of ``size``, set where a run touches them; a run may end beyond that. The
+    """A bit for each ``granularity`` bytes of ``size``, set where a run touches them; what lies beyond is left out. The
     first is the highest bit of the first byte, as in what xapi's VDI.list_changed_blocks returns."""
     blocks = -(-size // granularity)
     bits = bytearray(-(-blocks // 8))

@@ -30,6 +30,8 @@ COMMANDS = [
     "volume-clone",
     "volume-close",
     "volume-create",
+    "volume-diff",
+    "volume-hash",
     "volume-import",
     "volume-info",
     "volume-list",

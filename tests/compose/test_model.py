@@ -437,7 +437,9 @@ class ComposerModel(RuleBasedStateMachine):
 
     def collect(self, composer: Composer) -> None:
         mapper, store = composer.mapper(), composer.sealed_store(composer.mapper())
-        Collector(mapper.catalog, mapper.blocker, store.chunks, mapper.node.id, store.forget).collect()
+        chunks, node = store.chunks, mapper.node.id
+        # A seal that a crash cut short left its intent, and nobody else has any.
+        Collector(mapper.catalog, mapper.blocker, chunks, node, store.forget, intent_seconds=0.0).collect()
 
     @rule()
     def process_crash(self) -> None:
