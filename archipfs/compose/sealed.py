@@ -26,7 +26,7 @@ from archipfs.map.cache import Cache
 from archipfs.map.chunks import ChunkStore, Location
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
-from archipfs.map.packs import Coding, Kind
+from archipfs.map.packs import Coding
 from archipfs.map.pages import Extent, decode_leaf
 from archipfs.map.records import LayerRecord
 from archipfs.map.tree import REGIONS_MAX, Tree
@@ -318,11 +318,14 @@ class _Unpacked(DataObject):
         return data
 
     def _chunks(self) -> dict[int, Digest]:
-        """The pack's chunks by where they lie in it; about 100 bytes each."""
+        """The pack's chunks by where they lie in it; about 100 bytes each.
+
+        Its pages too: a sector with the bytes of a page has the page's digest, and is not stored once more.
+        """
         with self._mutex:
             if self._digests is None:
                 entries = self._store.chunks.index(self._pack).entries
-                self._digests = {entry.offset: entry.digest for entry in entries if entry.kind is Kind.CHUNK}
+                self._digests = {entry.offset: entry.digest for entry in entries}
             return self._digests
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:

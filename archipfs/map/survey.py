@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from archipfs.errors import FormatTooNew, ObjectDamaged, ObjectMissing
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore
-from archipfs.map.packs import Kind
 from archipfs.map.pages import ROOT_LEVEL, SLOT_BITS, Extent, decode_leaf, decode_node
 from archipfs.map.records import DamageRecord, LayerRecord, VolumeRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, LayerId, PackId
@@ -101,10 +100,7 @@ def find_lost(
                 lost[extent.digest] = f"chunk {extent.digest.hex()} is in no pack"
             elif not whole:
                 lost[extent.digest] = f"chunk {extent.digest.hex()} is damaged in pack {min(places).pack}"
-            elif any(
-                place.kind is not Kind.CHUNK or place.raw_bytes < (extent.inner + extent.count) * SECTOR_BYTES
-                for place in whole
-            ):
+            elif any(place.raw_bytes < (extent.inner + extent.count) * SECTOR_BYTES for place in whole):
                 lost[leaf] = f"map page {leaf.hex()} says more of chunk {extent.digest.hex()} than there is"
 
     for root in sealed_roots(catalog).values():
