@@ -239,9 +239,10 @@ def test_a_sector_with_the_bytes_of_a_map_page(driver: str, compression: str, tm
     """As in a copy of a store, or by whom who wants to break it: both have the same digest, and one place."""
     options = {"path": str(tmp_path / "store")}
     world = World(tmp_path / "nodes", create_blocker("file", options) if driver == "file" else MemoryBlocker())
-    mapper = world.mapper()
-    record = msgspec.structs.replace(mapper.store, compression=compression)
-    mapper.catalog.put(record, STORE_IDENT, 1)
+    catalog = world.mapper().catalog
+    store = catalog.store()
+    assert store is not None
+    catalog.put(msgspec.structs.replace(store.record, compression=compression), STORE_IDENT, store.version)
     composer = world.composer()
     # So many single sectors make a page as large as a sector.
     volume(composer, "vm", *((2 * place, noise(place, 1)) for place in range(102)))
