@@ -8,11 +8,13 @@ in a pack's own bytes where the pack has a descriptor and the chunk is not compr
 byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
 """
 
+import hashlib
 import struct
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -23,11 +25,11 @@ from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
-from archipfs.map.chunks import ChunkStore, Location
+from archipfs.map.chunks import ChunkStore, pack_key
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
-from archipfs.map.packs import Coding
-from archipfs.map.pages import Extent, decode_leaf
+from archipfs.map.packs import Coding, Entry
+from archipfs.map.pages import decode_leaf
 from archipfs.map.records import LayerRecord
 from archipfs.map.tree import REGIONS_MAX, Tree
 from archipfs.types import CHUNK_SECTORS_MAX, SECTOR_BYTES, Digest, PackId
@@ -151,56 +153,64 @@ class SealedStore:
         """The extents of a leaf page, and the packs that they name by their place in the list."""
         known = self.chunks.region_get(leaf)
         if known is not None:
-            try:
+            with suppress(ObjectMissing, ObjectDamaged):
                 return self._opened_region(known)
-            except (ObjectMissing, ObjectDamaged):
-                self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
-        made, whole = self._resolve(leaf)
-        if whole:
-            self.chunks.region_put(leaf, made)
-        return self._opened_region(made)
+        else:
+            with suppress(ObjectMissing, ObjectDamaged):
+                return self._opened_region(self._resolve(leaf))
+        self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
+        return self._opened_region(self._resolve(leaf), beside_damage=True)
 
-    def _opened_region(self, blob: bytes) -> tuple[bytes, Sequence[EnginePack]]:
+    def _opened_region(self, blob: bytes, *, beside_damage: bool = False) -> tuple[bytes, Sequence[EnginePack]]:
+        """``beside_damage``: what lies in packs that cannot be used is damaged, and the rest can be read."""
         count, _ = _COUNTS.unpack_from(blob)
-        names = [_PACK.unpack_from(blob, _COUNTS.size + index * _PACK.size) for index in range(count)]
-        packs = [self._pack((unpacked, PackId(ident.hex()))) for unpacked, ident in names]
-        return blob[_COUNTS.size + count * _PACK.size :], packs
+        extents = blob[_COUNTS.size + count * _PACK.size :]
+        packs: list[EnginePack] = []
+        numbers = []
+        for index in range(count):
+            unpacked, ident = _PACK.unpack_from(blob, _COUNTS.size + index * _PACK.size)
+            try:
+                packs.append(self._pack((unpacked, PackId(ident.hex()))))
+                numbers.append(len(packs) - 1)
+            except (ObjectMissing, ObjectDamaged) as error:
+                if not beside_damage:
+                    raise
+                log.error("pack cannot be used", pack=ident.hex(), error=str(error))
+                numbers.append(PACK_DAMAGED)
+        if PACK_DAMAGED in numbers:
+            extents = _renumbered(extents, numbers)
+        return extents, packs
 
-    def _resolve(self, leaf: Digest) -> tuple[bytes, bool]:
-        """A region as it is kept, and whether all of it can be read."""
+    def _resolve(self, leaf: Digest) -> bytes:
+        """A region as it is kept; it is kept if all of it can be read."""
+        ticket = self.chunks.regions_ticket()
         extents = decode_leaf(self.chunks.page(leaf))
-        locations = self._locate(extents)
+        locations = self.chunks.locate_each([extent.digest for extent in extents])
         names: dict[_PackName, int] = {}
         places = []
         for extent, location in zip(extents, locations, strict=True):
             if location is None:
                 places.append(EXTENT.pack(extent.first, extent.count, PACK_DAMAGED, 0))
                 continue
+            if (extent.inner + extent.count) * SECTOR_BYTES > location.raw_bytes:
+                raise ObjectDamaged(
+                    f"map page {leaf.hex()} is damaged: chunk {extent.digest.hex()} has {location.raw_bytes} bytes "
+                    "only; run `archip check`"
+                )
             unpacked = location.coding is not Coding.RAW or not self._has_descriptors(location.pack)
             start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
             index = names.setdefault((unpacked, location.pack), len(names))
             places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
         packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
         blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
-        return blob, None not in locations
-
-    def _locate(self, extents: Sequence[Extent]) -> Sequence[Location | None]:
-        """Where the chunks lie; ``None`` for one that nobody can read."""
-        try:
-            return self.chunks.locate_all([extent.digest for extent in extents])
-        except (ObjectMissing, ObjectDamaged):
-            return [self._locate_one(extent.digest) for extent in extents]
-
-    def _locate_one(self, digest: Digest) -> Location | None:
-        try:
-            return self.chunks.locate(digest)
-        except (ObjectMissing, ObjectDamaged):
-            return None
+        if None not in locations:
+            self.chunks.region_put(leaf, blob, ticket)
+        return blob
 
     def _has_descriptors(self, pack: PackId) -> bool:
         """Whether the driver gives descriptors of its packs; this one tells for all of them."""
         if self._descriptors is None:
-            opened = self.chunks.open_pack(pack)
+            opened = self._mapper.blocker.open(pack_key(pack))  # be it damaged or not
             try:
                 self._descriptors = opened.fileno() is not None
             finally:
@@ -239,7 +249,21 @@ class SealedStore:
 
     def read_chunk(self, digest: Digest, offset: int, length: int) -> bytes:
         """A range of a chunk, through the object cache."""
-        return self._shared.objects.read(digest, offset, length, lambda: self.chunks.read(digest))
+        chunks = self.chunks
+        name = digest
+        if not chunks.hash.trusted:
+            # The cache is that of all backends, and in another one this digest may be that of other bytes.
+            key = bytes.fromhex(self._mapper.store.id)
+            name = Digest(hashlib.blake2b(digest, key=key, digest_size=32).digest())
+        return self._shared.objects.read(name, offset, length, lambda: chunks.read(digest))
+
+
+def _renumbered(extents: bytes, numbers: Sequence[int]) -> bytes:
+    """Extents whose packs have other numbers now."""
+    return b"".join(
+        EXTENT.pack(first, count, pack if pack == PACK_DAMAGED else numbers[pack], offset)
+        for first, count, pack, offset in EXTENT.iter_unpack(extents)
+    )
 
 
 def _log_progress(backend: str) -> Callable[[int, int], None]:
@@ -318,15 +342,20 @@ class _Unpacked(DataObject):
         return data
 
     def _chunks(self) -> dict[int, Digest]:
-        """The pack's chunks by where they lie in it; about 100 bytes each.
-
-        Its pages too: a sector with the bytes of a page has the page's digest, and is not stored once more.
-        """
+        """What the pack has by where it lies in it; about 100 bytes each."""
         with self._mutex:
             if self._digests is None:
-                entries = self._store.chunks.index(self._pack).entries
-                self._digests = {entry.offset: entry.digest for entry in entries}
+                # Pages too: what a volume holds may happen to be one, and is not stored a second time.
+                self._digests = {entry.offset: entry.digest for entry in self._entries()}
             return self._digests
+
+    def _entries(self) -> Sequence[Entry]:
+        try:
+            return self._store.chunks.index(self._pack).entries
+        except ObjectMissing:
+            # Collected by another node. The engine asks once more where this lies, and then must not be sent here.
+            self._store.chunks.refresh()
+            raise
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         raise self._immutable()

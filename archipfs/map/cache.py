@@ -42,7 +42,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
@@ -196,6 +196,8 @@ class _Env:
         self._several = {name: name in several for name in (*single, *several, "meta")}
         self._gate = _Gate()
         self._generation = 0
+        self._failed = False
+        """It could not begin anew: whoever comes next tries again."""
         try:
             self._env, self._databases = self._open()
         except _DAMAGE as error:
@@ -213,6 +215,8 @@ class _Env:
     def close(self) -> None:
         """On return, what it holds is durable."""
         with self._gate.alone():
+            if self._failed:
+                return
             try:
                 self._env.sync(True)
             except lmdb.Error as error:
@@ -233,17 +237,32 @@ class _Env:
                 damages += 1
                 if damages > 1:
                     raise StoreError(f"cache {self._path}: {error}; look into the kernel log for its disk") from error
-                with self._gate.alone():
-                    if generation == self._generation:
-                        self._env.close()
-                        self._env, self._databases = self._anew(error)
+                self._replace(generation, error)
             except lmdb.Error as error:
-                raise self._error(error) from error
+                if not self._failed:
+                    raise self._error(error) from error
+                self._replace(generation, error)
+
+    def _replace(self, generation: int, error: Exception) -> None:
+        """Begin anew, unless somebody else did since ``generation`` was read."""
+        with self._gate.alone():
+            if generation != self._generation and not self._failed:
+                return
+            self._env.close()
+            self._failed = True
+            self._env, self._databases = self._anew(error)
+            self._failed = False
 
     def _grow(self) -> None:
         """Somebody else may have grown it just before: then it has room for long."""
         with self._gate.alone():
-            self._env.set_mapsize(2 * self._env.info()["map_size"])
+            try:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+            except lmdb.Error as error:
+                # LMDB has unmapped the file, and would touch it nevertheless.
+                self._env.close()
+                self._failed = True
+                raise self._error(error) from error
 
     def _open(self) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
         with _errors_of(self._path):
@@ -259,6 +278,8 @@ class _Env:
             readahead=False,
         )
         try:
+            if self._is_cut_off(env):
+                raise _Unbelievable("cut off")
             databases = {
                 name: env.open_db(name.encode(), dupsort=several, dupfixed=several)
                 for name, several in self._several.items()
@@ -273,6 +294,12 @@ class _Env:
             env.close()
             raise
         return env, databases
+
+    def _is_cut_off(self, env: lmdb.Environment) -> bool:
+        """Whether the file is shorter than LMDB believes: to touch what is not there would kill the process."""
+        expected_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        with _errors_of(self._path):
+            return (self._path / "data.mdb").stat().st_size < expected_bytes
 
     def _anew(self, reason: Exception) -> tuple[lmdb.Environment, dict[str, lmdb._Database]]:
         log.warning("cache is damaged and begins anew", path=str(self._path), error=str(reason))
@@ -307,6 +334,8 @@ class Cache:
     ) -> None:
         """Open it, or make it. Raises ``Busy`` if another process has it."""
         self._path = path
+        self._counting = Lock()
+        self._regions_forgotten = 0
         self._bytes_max = {"pages": pages_bytes_max, "regions": regions_bytes_max}
         with _errors_of(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -450,11 +479,19 @@ class Cache:
     def region_get(self, leaf: Digest) -> bytes | None:
         return self._bounded_get("regions", leaf)
 
-    def region_put(self, leaf: Digest, blob: bytes) -> None:
-        self._bounded_put("regions", [(leaf, blob)])
+    def regions_ticket(self) -> int:
+        """For ``region_put``, drawn before looking up what goes into the region."""
+        return self._regions_forgotten
+
+    def region_put(self, leaf: Digest, blob: bytes, ticket: int) -> None:
+        """Does nothing if regions were forgotten since the ticket was drawn: what was looked up may be out of date."""
+        self._bounded_put("regions", [(leaf, blob)], lambda: ticket == self._regions_forgotten)
 
     def regions_forget(self) -> None:
         """Forget all regions: places that they name may be gone."""
+        # Before the transaction: whoever comes into one after it must not put what was looked up before.
+        with self._counting:
+            self._regions_forgotten += 1
 
         def forget(txn: _Txn) -> None:
             for half in _halves("regions"):
@@ -468,8 +505,12 @@ class Cache:
 
         return self._pages.read(get)
 
-    def _bounded_put(self, name: str, entries: Sequence[tuple[bytes, bytes]]) -> None:
+    def _bounded_put(
+        self, name: str, entries: Sequence[tuple[bytes, bytes]], still: Callable[[], bool] = lambda: True
+    ) -> None:
         def put(txn: _Txn) -> None:
+            if not still():
+                return
             young = _count(txn, name.encode())
             if txn.bytes_taken(_halves(name)[young]) >= self._bytes_max[name] // 2:
                 young = 1 - young

@@ -33,7 +33,15 @@ import structlog
 import zstandard
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import ArchipError, FormatTooNew, InvalidInput, ObjectDamaged, ObjectMissing, StoreError
+from archipfs.errors import (
+    ArchipError,
+    FormatTooNew,
+    InvalidInput,
+    ObjectDamaged,
+    ObjectMissing,
+    StoreError,
+    StoreUnavailable,
+)
 from archipfs.map.cache import Cache
 from archipfs.map.cache import Location as Location
 from archipfs.map.catalog import Catalog
@@ -55,7 +63,7 @@ _HEADS_IN_MEMORY = 16
 
 
 class Swept(ArchipError):
-    """What a session relied upon is being taken away, or gone: seal anew."""
+    """What a session relied upon is being taken away, gone or damaged: seal anew."""
 
 
 def check_compression(name: str) -> str:
@@ -80,7 +88,7 @@ class ChunkStore:
     """The chunks and pages of one backend. Thread-safe. Blocks: never call it from the event loop.
 
     Locks, in this order: ``_refreshing`` and ``_marking``, each held around calls of the store, so that there is one at
-    a time; ``_sessions_lock``, for moments.
+    a time; ``claims``, then ``_sessions_lock`` or the lock of a session, for moments.
     """
 
     def __init__(
@@ -110,13 +118,17 @@ class ChunkStore:
         self._refreshes_begun = 0
         self._sessions_lock = Lock()
         self._sessions: set[Session] = set()
+        self.claims = Lock()
+        """Held by a session while it takes something in: no other one does so at that moment."""
+        self.puts = 0
+        """How many packs the sessions have put so far: the index may have what it had not before."""
 
     # The index
 
     def refresh(self, progress: Progress | None = None) -> None:
         """Make the index know the packs that are in the store, and no others; only new packs' heads are read.
 
-        Packs with damaged heads are left out and named in ``damaged_packs``. Raises what the store raises.
+        Packs whose heads cannot be read are left out and named in ``damaged_packs``. Raises what the store raises.
         """
         with self._refreshing:
             self._refresh(progress)
@@ -151,10 +163,13 @@ class ChunkStore:
         self.damaged_packs = damaged
 
     def _index_or_error(self, pack: PackId) -> PackIndex | StoreError:
-        """One bad pack does not keep the others from being read; one that was deleted meanwhile is no error."""
+        """One bad pack does not keep the others from being read, be it damaged or on a bad place of a disk; one that
+        was deleted meanwhile is no error. A store that cannot be reached says nothing about its packs."""
         try:
             return self.index(pack)
-        except (ObjectDamaged, ObjectMissing, FormatTooNew) as error:
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
             return error
 
     def reread_marks(self) -> frozenset[PackId]:
@@ -170,7 +185,12 @@ class ChunkStore:
             )
             before, self._marks = self._marks, _Marks(condemned, damaged)
             if damaged != before.damaged:
-                self.cache.regions_forget()
+                try:
+                    self.cache.regions_forget()
+                except BaseException:
+                    # The next look has to find that it differs, and try again.
+                    self._marks = _Marks(condemned, before.damaged)
+                    raise
         return condemned
 
     def forget(self, packs: Iterable[PackId]) -> None:
@@ -186,6 +206,10 @@ class ChunkStore:
     def condemned(self) -> frozenset[PackId]:
         """As of the last look: see ``reread_marks``."""
         return self._marks.condemned
+
+    def damaged(self) -> frozenset[tuple[PackId, Digest]]:
+        """What is known to be damaged, as of the last look."""
+        return self._marks.damaged
 
     def index(self, pack: PackId) -> PackIndex:
         """What a pack's head says, read from the store.
@@ -213,17 +237,21 @@ class ChunkStore:
         Raises ``ObjectMissing`` if one is in no pack, and ``ObjectDamaged`` if all copies of one are known to be
         damaged.
         """
+        located = []
+        for digest, place in zip(digests, self.locate_each(digests), strict=True):
+            if place is None:
+                raise self._unusable(digest)
+            located.append(place)
+        return located
+
+    def locate_each(self, digests: Sequence[Digest]) -> list[Location | None]:
+        """As ``locate_all``, but ``None`` for one that nobody can read. Refreshes at most once, however many miss."""
         begun = self._refreshes_begun
         found = self._find_usable(digests)
         if not all(found):
             self._refresh_since(begun)
             found = self._find_usable(digests)
-        located = []
-        for digest, places in zip(digests, found, strict=True):
-            if not places:
-                raise self._unusable(digest)
-            located.append(places[0])
-        return located
+        return [places[0] if places else None for places in found]
 
     def _find_usable(self, digests: Sequence[Digest]) -> list[list[Location]]:
         return [self._usable(digest, places) for digest, places in zip(digests, self.cache.find(digests), strict=True)]
@@ -259,9 +287,12 @@ class ChunkStore:
     # Bytes
 
     def read(self, digest: Digest) -> bytes:
-        """The raw bytes that have that digest: they are hashed. Raises ``ObjectMissing``, ``ObjectDamaged``."""
+        """The raw bytes that have that digest: they are hashed. Whatever is wrong with one copy, the others are tried.
+
+        Raises ``ObjectMissing``, ``ObjectDamaged``, and what the store raises.
+        """
         begun = self._refreshes_begun
-        damage: ObjectDamaged | None = None
+        failure: StoreError | None = None
         for refreshed in (False, True):
             if refreshed:
                 # Another node may have put a copy elsewhere.
@@ -271,9 +302,9 @@ class ChunkStore:
                     return self.read_at(place, digest)
                 except ObjectMissing:
                     self.forget([place.pack])
-                except ObjectDamaged as error:
-                    damage = error
-        raise damage or self._unusable(digest)
+                except StoreError as error:
+                    failure = error
+        raise failure or self._unusable(digest)
 
     def read_at(self, place: Location, digest: Digest) -> bytes:
         """The raw bytes of ``digest`` at ``place``. Raises ``ObjectMissing`` if the pack is gone, ``ObjectDamaged``."""
@@ -291,13 +322,15 @@ class ChunkStore:
         page = self.cache.page_get(digest)
         if page is None or self.hash.digest(page) != digest:
             page = self.read(digest)
-            self.cache.page_put(digest, page)
+            with _only_slower():
+                self.cache.page_put(digest, page)
         return page
 
     def keep_pages(self, pages: Sequence[tuple[Digest, bytes]]) -> None:
         """Have LMDB know pages that are just being stored: whoever reads the volume, or seals what is written on top of
         it, needs them soon."""
-        self.cache.pages_put(pages)
+        with _only_slower():
+            self.cache.pages_put(pages)
 
     def open_pack(self, pack: PackId) -> DataObject:
         """The pack, to read at its places. Raises ``ObjectMissing``, and ``ObjectDamaged`` if its size is not right.
@@ -329,8 +362,14 @@ class ChunkStore:
     def region_get(self, leaf: Digest) -> bytes | None:
         return self.cache.region_get(leaf)
 
-    def region_put(self, leaf: Digest, blob: bytes) -> None:
-        self.cache.region_put(leaf, blob)
+    def regions_ticket(self) -> int:
+        """For ``region_put``, drawn before anything is located that goes into the region."""
+        return self.cache.regions_ticket()
+
+    def region_put(self, leaf: Digest, blob: bytes, ticket: int) -> None:
+        """Keep it, unless packs have gone or damage has become known since the ticket was drawn."""
+        with _only_slower():
+            self.cache.region_put(leaf, blob, ticket)
 
     # Storing
 
@@ -356,6 +395,13 @@ class ChunkStore:
             sessions = tuple(self._sessions)
         return {pack for session in sessions for pack in session.relied_upon()}
 
+    def check_others(self, session: "Session", digest: Digest, data: Buffer) -> None:
+        """Raises ``StoreError`` if another session of this process is about to store other bytes under that digest."""
+        with self._sessions_lock:
+            others = self._sessions - {session}
+        for other in others:
+            other.check_pending(digest, data)
+
     def place_to_rely_on(self, digest: Digest, data: Buffer, places: Iterable[Location]) -> Location | None:
         """Which of ``places`` has ``data`` and may be relied upon: in no condemned pack, and not known to be damaged.
 
@@ -374,6 +420,15 @@ class ChunkStore:
             check_same(digest, found, data)
             return place
         return None
+
+
+@contextmanager
+def _only_slower() -> Iterator[None]:
+    """What was read is good, and is returned, also where the cache's disk is full or fails."""
+    try:
+        yield
+    except StoreError as error:
+        log.warning("cache not written", error=str(error))
 
 
 def check_same(digest: Digest, found: Buffer, data: Buffer) -> None:
@@ -409,27 +464,30 @@ class Session:
         self._pending: dict[Digest, bytes | None] = {}
         """What is in no durable pack yet; with its bytes where the hash is not trusted."""
         self._relied_upon: set[PackId] = set()
+        self._damaged_before = store.damaged()
 
     def add_chunk(self, digest: Digest, data: Buffer) -> bool:
         """Have the store keep ``data``, which has that digest. Whether it was new. Puts a pack when one is full.
 
         Raises ``StoreError`` if the store has other bytes under that digest (with a hash that is not trusted).
         """
-        return self._add(digest, Kind.CHUNK, data, self._store.cache.find([digest])[0])
+        return self._add(digest, Kind.CHUNK, data)
 
     def add_chunks(self, chunks: Sequence[tuple[Digest, Buffer]]) -> None:
-        """As ``add_chunk`` for each, with one look into the index for all.
+        """As ``add_chunk`` for each, with one look into the index for all where the hash is trusted.
 
         What another thread puts between that look and its chunk's turn may be stored twice.
         """
-        found = self._store.cache.find([digest for digest, _ in chunks])
+        found: Sequence[Sequence[Location] | None] = [None] * len(chunks)
+        if self._store.hash.trusted:
+            found = self._store.cache.find([digest for digest, _ in chunks])
         for (digest, data), places in zip(chunks, found, strict=True):
             self._add(digest, Kind.CHUNK, data, places)
 
     def add_page(self, page: bytes) -> Digest:
         """As ``add_chunk``. Returns its digest."""
         digest = self._store.hash.digest(page)
-        self._add(digest, Kind.PAGE, page, self._store.cache.find([digest])[0])
+        self._add(digest, Kind.PAGE, page)
         return digest
 
     def flush(self) -> None:
@@ -442,24 +500,24 @@ class Session:
             continue
 
     def verify(self) -> None:
-        """Raises ``Swept`` if anything that this session wrote or relies upon is condemned or gone.
+        """Raises ``Swept`` if anything that this session wrote or relies upon is condemned or gone, or was found to be
+        damaged since it began: whoever seals anew has a good copy yet, and stores it.
 
         The condemned come before the list: a pack that was condemned, deleted and absolved before the first look is
         missing in the second.
         """
         condemned = self._store.reread_marks()
+        damaged = {pack for pack, _ in self._store.damaged() - self._damaged_before}
         present = {PackId(key.partition("/")[2]) for key in self._store.blocker.list(PACK_KIND)}
         relied_upon = self.relied_upon()
-        swept = {
-            pack
-            for pack in relied_upon
-            if pack in condemned or (pack not in present and not self._store.blocker.exists(pack_key(pack)))
-        }
+        gone = {pack for pack in relied_upon - present if not self._store.blocker.exists(pack_key(pack))}
+        if gone:
+            self._store.forget(gone)
+        swept = relied_upon & (condemned | damaged) | gone
         if swept:
-            self._store.forget(swept - condemned)
             raise Swept(
-                f"{len(swept)} of {len(relied_upon)} packs that were relied upon are being collected as garbage, "
-                f"pack {min(swept)} among them; seal anew"
+                f"{len(swept)} of {len(relied_upon)} packs that were relied upon are being collected as garbage or "
+                f"damaged, pack {min(swept)} among them; seal anew"
             )
 
     def relied_upon(self) -> set[PackId]:
@@ -467,9 +525,13 @@ class Session:
         with self._changed:
             return set(self._relied_upon)
 
-    def _add(self, digest: Digest, kind: Kind, data: Buffer, places: Sequence[Location]) -> bool:
+    def _add(self, digest: Digest, kind: Kind, data: Buffer, places: Sequence[Location] | None = None) -> bool:
+        """``places``: where the index has it, if that was looked up already."""
         if self._is_pending(digest, data):
             return False
+        puts = self._store.puts
+        if places is None:
+            places = self._store.cache.find([digest])[0]
         place = self._store.place_to_rely_on(digest, data, places)
         if place is not None:
             with self._changed:
@@ -477,10 +539,25 @@ class Session:
                 self.hit_chunks += 1
             return False
         coding, stored = self._coder.encode(data)
-        kept = None if self._store.hash.trusted else bytes(data)
-        with self._changed:
-            new = digest not in self._pending
-            if new:
+        if not self._take_in(digest, kind, coding, data, stored, puts):
+            # Another thread came first: now it is pending, or stored.
+            return self._add(digest, kind, data)
+        self._put_one()
+        return True
+
+    def _take_in(
+        self, digest: Digest, kind: Kind, coding: Coding, data: Buffer, stored: Buffer, puts_before: int
+    ) -> bool:
+        """Unless it is pending by now. Where the hash is not trusted, nobody can have stored or be about to store other
+        bytes under the digest without these being compared: not if something was put since we looked either."""
+        trusted = self._store.hash.trusted
+        kept = None if trusted else bytes(data)
+        with self._store.claims:
+            if not trusted:
+                self._store.check_others(self, digest, data)
+            with self._changed:
+                if digest in self._pending or not (trusted or puts_before == self._store.puts):
+                    return False
                 self._pending[digest] = kept
                 self._filling.builder.add(digest, kind, coding, len(data), stored)
                 self._filling.digests.append(digest)
@@ -488,11 +565,14 @@ class Session:
                 self.added_chunks += 1
                 if self._filling.builder.stored_bytes >= self._store.pack_bytes:
                     self._close_filling()
-        if not new:
-            # Another thread came first: now it is pending, or stored.
-            return self._add(digest, kind, data, self._store.cache.find([digest])[0])
-        self._put_one()
         return True
+
+    def check_pending(self, digest: Digest, data: Buffer) -> None:
+        """Raises ``StoreError`` if other bytes are pending here under that digest."""
+        with self._changed:
+            found = self._pending.get(digest)
+        if found is not None:
+            check_same(digest, found, data)
 
     def _is_pending(self, digest: Digest, data: Buffer) -> bool:
         with self._changed:
@@ -528,6 +608,8 @@ class Session:
                 self._relied_upon.add(pack)
             self._store.blocker.put(pack_key(pack), pieces)
             self._store.cache.add_pack(parse(pack, pieces[0]))
+            with self._store.claims:
+                self._store.puts += 1
             done = True
         finally:
             with self._changed:

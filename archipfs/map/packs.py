@@ -150,10 +150,9 @@ def _stands_aligned(entry: Entry) -> bool:
 
 
 def _sizes_fit(entry: Entry) -> bool:
-    """Chunks are whole sectors, nothing is empty or too long, and what is raw has one size."""
+    """Chunks are whole sectors, nothing is empty, too long or longer as stored, and what is raw has one size."""
     return (
-        0 < entry.raw_bytes <= RAW_BYTES_MAX
-        and entry.stored_bytes > 0
+        0 < entry.stored_bytes <= entry.raw_bytes <= RAW_BYTES_MAX
         and (entry.kind is not Kind.CHUNK or entry.raw_bytes % SECTOR_BYTES == 0)
         and (entry.coding is not Coding.RAW or entry.raw_bytes == entry.stored_bytes)
     )

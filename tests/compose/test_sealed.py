@@ -13,11 +13,13 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.blockers.registry import create_blocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import StoreError
+from archipfs.errors import ObjectDamaged, StoreError
 from archipfs.map.catalog import STORE_IDENT, Catalog
 from archipfs.map.packs import Coding, Kind
-from archipfs.map.records import DamageRecord
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
+from archipfs.map.pages import Extent, encode_leaf
+from archipfs.map.records import DamageRecord, LayerRecord
+from archipfs.map.tree import Tree
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
 from tests.compose.world import World, content_of
 
 SECTORS = 1500
@@ -186,3 +188,137 @@ def test_open_packs_are_bounded(world: World, composer: Composer, monkeypatch: p
     for _ in range(2):
         assert content_of(composer, "snap") == content
     assert len(store._packs) <= 3
+
+
+def know_only_pages(store: SealedStore) -> None:
+    """As after many other reads: the pages are still in LMDB, what they were resolved to is not in memory any more."""
+    store.chunks.cache.regions_forget()
+    store._shared.table.forget()
+    store._drop_packs()
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_stale_index_is_refreshed_before_a_read_fails(world: World, composer: Composer, resolved: bool) -> None:
+    """Another node collected the packs while this one had only pages, or resolved regions too, in its cache."""
+    content = sealed_snapshot(composer)
+    other = world.composer(host="two")
+    with other.using(other.find("snap")) as theirs:
+        assert theirs.read(0, len(content)) == content
+        blobs = dict(world_regions(store_of(other)))
+        know_only_pages(store_of(other))
+        for leaf, blob in blobs.items() if resolved else ():
+            store_of(other).chunks.region_put(leaf, blob, store_of(other).chunks.regions_ticket())
+        old = store_of(composer).chunks.packs()
+        copy_all(composer)
+        for pack in old:
+            world.store.delete(f"pack/{pack}")
+        assert theirs.read(0, len(content)) == content
+    other.close_all()
+
+
+def world_regions(store: SealedStore) -> Iterator[tuple[Digest, bytes]]:
+    for layer in (record for _, record in store._mapper.catalog.list(LayerRecord) if record.record.sealed is not None):
+        assert layer.record.sealed is not None
+        for _, leaf in Tree(store.chunks.page, Digest(bytes.fromhex(layer.record.sealed.root))).regions():
+            blob = store.chunks.region_get(leaf)
+            assert blob is not None
+            yield leaf, blob
+
+
+def test_many_lost_chunks_cost_one_look_into_the_store(world: World, composer: Composer) -> None:
+    content = sealed_snapshot(composer)
+    other = world.composer(host="two")
+    with other.using(other.find("snap")) as theirs:
+        assert theirs.read(0, len(content)) == content
+        store = store_of(other)
+        know_only_pages(store)
+        for pack in store.chunks.packs():
+            if any(entry.kind is Kind.CHUNK for entry in store.chunks.index(pack).entries):
+                world.store.delete(f"pack/{pack}")
+        store.chunks.refresh()
+        before = store.chunks._refreshes_begun
+        with pytest.raises(StoreError):
+            theirs.read(0, SECTOR_BYTES)
+        assert store.chunks._refreshes_begun - before <= 2
+    other.close_all()
+
+
+def test_an_extent_beyond_its_chunk_is_damage_and_never_the_chunk_behind(composer: Composer) -> None:
+    sealed_snapshot(composer)
+    store = store_of(composer)
+    chunk, behind = noise(70, 1), noise(71, 4)
+    with store.chunks.session() as session:
+        for data in (chunk, behind):
+            session.add_chunk(store.chunks.hash.digest(data), data)
+        extents = [Extent(0, 2, store.chunks.hash.digest(chunk), 0)]
+        leaf = session.add_page(encode_leaf(extents, store.chunks.hash.digest_bytes))
+        session.flush()
+    with pytest.raises(ObjectDamaged, match="4096 bytes only"):
+        store.region(leaf)
+
+
+def test_a_volume_that_holds_a_page_of_a_map_is_read(composer: Composer) -> None:
+    """The page is stored, so that the chunk that equals it is not; and pages are not on sector borders."""
+    sealed_snapshot(composer)
+    chunks = store_of(composer).chunks
+    digest_bytes = chunks.hash.digest_bytes
+    count = (SECTOR_BYTES - 16) // (8 + digest_bytes)
+    assert 16 + count * (8 + digest_bytes) == SECTOR_BYTES
+    page = encode_leaf([Extent(2 * at, 1, Digest(bytes(digest_bytes)), 0) for at in range(count)], digest_bytes)
+    with chunks.session() as session:
+        session.add_page(b"something before")
+        session.add_page(page)
+        session.flush()
+    composer.create("other", SECTOR_BYTES)
+    with composer.using(composer.find("other")) as opened:
+        opened.write(0, page)
+    composer.snapshot("other", "of a page")
+    composer.seal("of a page")
+    assert chunks.locate(chunks.hash.digest(page)).kind is Kind.PAGE
+    assert content_of(composer, "of a page") == page
+
+
+def test_a_pack_of_a_wrong_size_harms_only_what_lies_in_it(tmp_path: Path) -> None:
+    world = make_world(tmp_path, "file", "blake3", "none")
+    composer = world.composer()
+    store_of(composer).chunks.pack_bytes = 512 << 10
+    content = sealed_snapshot(composer)
+    chunks = store_of(composer).chunks
+    assert len(chunks.packs()) > 3
+    for number, pack in enumerate(chunks.packs()):
+        whole = world.store.get(f"pack/{pack}")
+        replace_pack(world.store, pack, whole + bytes(SECTOR_BYTES))
+        other = world.composer(host=f"node{number}")
+        failed = 0
+        with other.using(other.find("snap")) as opened:
+            for offset in range(0, len(content), SECTOR_BYTES):
+                try:
+                    assert opened.read(offset, SECTOR_BYTES) == content[offset : offset + SECTOR_BYTES]
+                except StoreError:
+                    failed += 1
+        other.close_all()
+        assert 1 <= failed <= len(whole) // SECTOR_BYTES
+        replace_pack(world.store, pack, whole)
+    composer.close_all()
+
+
+def replace_pack(blocker: Blocker, pack: PackId, content: bytes) -> None:
+    blocker.delete(f"pack/{pack}")
+    blocker.put(f"pack/{pack}", content)
+
+
+def test_a_collision_between_backends_does_not_pass_through_the_object_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = [make_world(tmp_path / name, "memory", "xxh3-128", "zstd") for name in "ab"]
+    composers = [each.composer() for each in worlds]
+    one, other = (store_of(each) for each in composers)
+    monkeypatch.setattr(other, "_shared", one._shared)
+    digest = Digest(bytes(16))
+    for store, content in ((one, b"x" * SECTOR_BYTES), (other, b"y" * SECTOR_BYTES)):
+        monkeypatch.setattr(store.chunks, "read", lambda _, content=content: content)
+        for _ in range(2):
+            assert store.read_chunk(digest, 0, SECTOR_BYTES) == content
+    monkeypatch.undo()
+    for each in composers:
+        each.close_all()

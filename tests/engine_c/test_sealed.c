@@ -533,6 +533,12 @@ static void test_a_pack_that_moved_is_looked_for_once_more(void) {
     char byte;
     disk_fail(&map->disks[0], DISK_READ, 1, -ENOMEM);
     CHECK_EQUAL(ae_read(volume, &byte, 1, 0), -ENOMEM);
+    /* These would mean something else to whoever reads, seeks or copies. */
+    static const int others[] = {-EAGAIN, -ENXIO, -EOPNOTSUPP};
+    for (size_t i = 0; i < 3; i++) {
+        disk_fail(&map->disks[0], DISK_READ, 1, others[i]);
+        CHECK_EQUAL(ae_read(volume, &byte, 1, 0), -EIO);
+    }
     CHECK_EQUAL(atomic_load(&map->resolves), resolves);
     map->disks[0].keeps_failing = true;
     disk_fail(&map->disks[0], DISK_READ, 1, -ENOENT);

@@ -47,7 +47,10 @@ def process_lives(pid: int) -> bool:
 
     The first thread may be dead for long while another one hangs in a system call and keeps the files open.
     """
-    return any(_thread_lives(task) for task in Path(f"/proc/{pid}/task").glob("*"))
+    try:
+        return any(_thread_lives(task) for task in Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # the process went while its threads were listed
 
 
 def _thread_lives(task: Path) -> bool:

@@ -134,7 +134,7 @@ def test_pages_and_regions_are_bounded_and_keep_what_is_new(tmp_path: Path) -> N
     with Cache(tmp_path, pages_bytes_max=2 * MIB, regions_bytes_max=MIB) as cache:
         for number in range(2000):
             cache.page_put(digest(number), number.to_bytes(4, "big") * 1200)
-            cache.region_put(digest(number), number.to_bytes(4, "big") * 500)
+            cache.region_put(digest(number), number.to_bytes(4, "big") * 500, cache.regions_ticket())
         assert file_bytes(tmp_path / "pages") < 5 * MIB
         for number in range(1950, 2000):
             assert cache.page_get(digest(number)) == number.to_bytes(4, "big") * 1200
@@ -146,17 +146,17 @@ def test_pages_and_regions_are_bounded_and_keep_what_is_new(tmp_path: Path) -> N
 def test_a_page_put_again_is_the_newest(tmp_path: Path) -> None:
     with Cache(tmp_path, regions_bytes_max=64 << 10) as cache:
         for between in range(30):
-            cache.region_put(digest(0), b"old")
+            cache.region_put(digest(0), b"old", cache.regions_ticket())
             for number in range(between):
-                cache.region_put(digest(1000 * between + number), bytes(2000))
-            cache.region_put(digest(0), b"new")
+                cache.region_put(digest(1000 * between + number), bytes(2000), cache.regions_ticket())
+            cache.region_put(digest(0), b"new", cache.regions_ticket())
             assert cache.region_get(digest(0)) == b"new"
 
 
 def test_regions_are_forgotten_alone(tmp_path: Path) -> None:
     with Cache(tmp_path) as cache:
         cache.page_put(digest(1), b"page")
-        cache.region_put(digest(1), b"region")
+        cache.region_put(digest(1), b"region", cache.regions_ticket())
         cache.regions_forget()
         assert cache.region_get(digest(1)) is None
         assert cache.page_get(digest(1)) == b"page"
@@ -252,7 +252,9 @@ def test_opened_again_after_a_close_under_another_boot(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["index", "pages"])
-@pytest.mark.parametrize("how", ["no LMDB", "cut", "another format", "gone", "a file in its place"])
+@pytest.mark.parametrize(
+    "how", ["no LMDB", "cut", "cut on a page's border", "another format", "gone", "a file in its place"]
+)
 def test_what_is_damaged_begins_anew(tmp_path: Path, name: str, how: str) -> None:
     with Cache(tmp_path) as cache:
         cache.add_pack(pack(1, [1]))
@@ -263,6 +265,8 @@ def test_what_is_damaged_begins_anew(tmp_path: Path, name: str, how: str) -> Non
             stream.write(b"x" * 8192)
     elif how == "cut":
         os.truncate(data, 100)
+    elif how == "cut on a page's border":
+        os.truncate(data, data.stat().st_size // 8192 * 4096)  # what LMDB believes to be behind it would be a SIGBUS
     elif how == "another format":
         content = data.read_bytes()
         assert b"archipfs-cache 1" in content
@@ -348,6 +352,83 @@ def test_damage_that_two_find_at_once_is_mended_once(tmp_path: Path, monkeypatch
         run_threads([lambda: find_and_add(2), lambda: find_and_add(3)])
         assert cache.packs() == {pack_id(2), pack_id(3)}
         assert cache._index._generation == 1
+
+
+def test_where_it_cannot_begin_anew_it_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, full = [True], [True]
+    put, remove = cache_module._Txn.put, cache_module._remove
+
+    def put_or_fail(self: cache_module._Txn, database: str, key: bytes, value: bytes) -> None:
+        if database == "packs" and damaged and damaged.pop():
+            raise cache_module.lmdb.CorruptedError("made up")
+        put(self, database, key, value)
+
+    def remove_or_fail(path: Path) -> None:
+        if full:
+            raise StoreFull("made up")
+        remove(path)
+
+    with Cache(tmp_path) as cache:
+        monkeypatch.setattr(cache_module._Txn, "put", put_or_fail)
+        monkeypatch.setattr(cache_module, "_remove", remove_or_fail)
+        for _ in range(2):
+            with pytest.raises(StoreFull):
+                cache.add_pack(pack(1, [1]))
+        full.clear()
+        cache.add_pack(pack(2, [2]))
+        assert cache.packs() == {pack_id(2)}
+    with Cache(tmp_path) as cache:
+        assert cache.packs() == {pack_id(2)}
+
+
+def test_where_it_cannot_grow_it_is_touched_no_more_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoRoom:
+        def __init__(self, env: object) -> None:
+            self._env = env
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._env, name)
+
+        def set_mapsize(self, size: int) -> None:
+            raise cache_module.lmdb.MemoryError("made up")
+
+    monkeypatch.setattr(cache_module, "_MAP_BYTES", 1 << 16)
+    with Cache(tmp_path) as cache:
+        env = cache._index._env
+        cache._index._env = NoRoom(env)  # type: ignore[assignment]
+        with pytest.raises(StoreError, match="made up"):
+            cache.add_pack(pack(1, list(range(2000))))
+        with pytest.raises(cache_module.lmdb.Error, match="closed"):
+            env.info()
+        cache.add_pack(pack(2, [2]))
+        assert cache.packs() == {pack_id(2)}
+
+
+def test_a_cache_that_could_not_begin_anew_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise cache_module.lmdb.CorruptedError("made up")
+
+    def full(path: Path) -> None:
+        raise StoreFull("made up")
+
+    with Cache(tmp_path) as cache:
+        monkeypatch.setattr(cache_module._Txn, "put", fail)
+        monkeypatch.setattr(cache_module, "_remove", full)
+        with pytest.raises(StoreFull):
+            cache.add_pack(pack(1, [1]))
+        monkeypatch.undo()
+    with Cache(tmp_path) as cache:
+        assert cache.packs() == set()
+
+
+def test_a_region_that_was_looked_up_before_regions_were_forgotten_is_not_kept(tmp_path: Path) -> None:
+    with Cache(tmp_path) as cache:
+        ticket = cache.regions_ticket()
+        cache.regions_forget()
+        cache.region_put(digest(1), b"out of date", ticket)
+        assert cache.region_get(digest(1)) is None
 
 
 def test_a_place_that_cannot_be_used(tmp_path: Path) -> None:

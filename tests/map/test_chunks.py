@@ -15,7 +15,7 @@ import archipfs.map.cache as cache_module
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
 from archipfs.blockers.memory import MemoryBlocker
-from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreUnavailable
+from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreFull, StoreUnavailable
 from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore, Location, Session, Swept, pack_key
@@ -181,7 +181,7 @@ def test_a_pack_that_another_node_deleted_is_missing_never_other_bytes(blocker: 
     first, second = nodes(blocker), nodes(blocker, "b")
     digests = store_all(first, [chunk(1), chunk(2)])
     place = second.locate(digests[0])
-    second.region_put(digests[0], b"resolved")
+    second.region_put(digests[0], b"resolved", second.regions_ticket())
     blocker.delete(pack_key(place.pack))
     with pytest.raises(ObjectMissing):
         second.open_pack(place.pack)
@@ -269,7 +269,7 @@ def test_known_damage_is_avoided_and_said(blocker: MemoryBlocker, nodes: Nodes) 
     store = nodes(blocker)
     digest = store_all(store, [chunk(1)])[0]
     bad = store.locate(digest).pack
-    store.region_put(digest, b"resolved")
+    store.region_put(digest, b"resolved", store.regions_ticket())
     version = Catalog(blocker).put(DamageRecord(bad, [digest.hex()]), bad, None).version
     store.refresh()
     assert store.region_get(digest) is None
@@ -285,6 +285,96 @@ def test_known_damage_is_avoided_and_said(blocker: MemoryBlocker, nodes: Nodes) 
 
 
 # Garbage collection beside it
+
+
+def test_damage_that_becomes_known_while_a_region_is_resolved(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was located before is not kept; and where the cache fails to forget, the next look has it do so."""
+    store = nodes(blocker)
+    (digest,) = store_all(store, [chunk(1)])
+    ticket = store.regions_ticket()
+    place = store.locate(digest)
+    store.region_put(digest, b"an earlier one", ticket)
+    Catalog(blocker).put(DamageRecord(place.pack, [digest.hex()]), place.pack, None)
+
+    def full() -> None:
+        raise StoreFull("made up")
+
+    monkeypatch.setattr(store.cache, "regions_forget", full)
+    with pytest.raises(StoreFull):
+        store.reread_marks()
+    monkeypatch.undo()
+    store.reread_marks()
+    store.region_put(digest, b"resolved to the damaged place", ticket)
+    assert store.region_get(digest) is None
+    with pytest.raises(ObjectDamaged):
+        store.locate(digest)
+
+
+def test_a_cache_that_is_full_fails_no_read_and_no_seal(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = nodes(blocker)
+    with store.session() as session:
+        page = session.add_page(b"a page")
+        session.flush()
+
+    def full(*_: object) -> None:
+        raise StoreFull("made up")
+
+    monkeypatch.setattr(store.cache, "page_put", full)
+    monkeypatch.setattr(store.cache, "pages_put", full)
+    monkeypatch.setattr(store.cache, "region_put", full)
+    assert store.page(page) == b"a page"
+    store.keep_pages([(page, b"a page")])
+    store.region_put(page, b"resolved", store.regions_ticket())
+
+
+class BadPlaces(MemoryBlocker):
+    """On a disk that cannot read some objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: set[str] = set()
+
+    def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        if key in self.bad:
+            raise StoreError(f"reading {key}: EIO")
+        return super().get(key, offset, length)
+
+
+def test_what_a_disk_cannot_read_is_read_from_another_copy(nodes: Nodes) -> None:
+    blocker = BadPlaces()
+    store = nodes(blocker)
+    with store.session() as one, nodes(blocker, "b").session() as another:
+        digest = add(one, chunk(1))
+        add(another, chunk(1))
+        one.flush()
+        another.flush()
+    store.refresh()
+    assert len(store.packs()) == 2
+    for bad in store.packs():
+        blocker.bad = {pack_key(bad)}
+        assert store.read(digest) == chunk(1)
+    blocker.bad = {pack_key(pack) for pack in store.packs()}
+    with pytest.raises(StoreError, match="EIO"):
+        store.read(digest)
+
+
+def test_a_head_that_a_disk_cannot_read_keeps_no_other_pack_out(nodes: Nodes) -> None:
+    blocker = BadPlaces()
+    (one,) = store_all(nodes(blocker), [chunk(1)])
+    (bad,) = (PackId(key.partition("/")[2]) for key in blocker.list("pack"))
+    (two,) = store_all(nodes(blocker, "b"), [chunk(2)])
+    blocker.bad = {pack_key(bad)}
+    reader = nodes(blocker, "c")
+    assert reader.read(two) == chunk(2)
+    with pytest.raises(ObjectMissing, match="cannot be read"):
+        reader.read(one)
+    assert reader.damaged_packs.keys() == {bad}
+    blocker.bad = set()
+    assert reader.read(one) == chunk(1)
 
 
 def test_condemned_packs_are_no_hits_but_are_read(blocker: MemoryBlocker, nodes: Nodes) -> None:
@@ -323,6 +413,31 @@ def test_verify_sees_what_is_swept(blocker: MemoryBlocker, nodes: Nodes, how: st
     assert store_all(store, [chunk(1)]) == [digest]
     assert store.locate(digest).pack != pack
     assert store.read(digest) == chunk(1)
+
+
+def test_verify_sees_damage_that_was_found_meanwhile(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    """A scrub beside a seal: what the seal has in hand may be the last good copy."""
+    store = nodes(blocker)
+    known, found = store_all(store, [chunk(1)])[0], store_all(store, [chunk(2)])[0]
+
+    def find_damaged(digest: Digest) -> None:
+        pack = store.locate(digest).pack
+        Catalog(blocker).put(DamageRecord(pack, [digest.hex()]), pack, None)
+
+    find_damaged(known)
+    with store.session() as session:
+        assert session.add_chunk(known, chunk(1))
+        assert not session.add_chunk(found, chunk(2))
+        session.flush()
+        session.verify()
+        find_damaged(found)
+        with pytest.raises(Swept, match="damaged"):
+            session.verify()
+    with store.session() as session:
+        assert session.add_chunk(found, chunk(2))
+        session.flush()
+        session.verify()
+    assert store.read(found) == chunk(2)
 
 
 @pytest.mark.parametrize("first", ["list", "list_records"])
@@ -415,6 +530,54 @@ def test_a_collision_is_an_error_and_stores_nothing_wrong(blocker: MemoryBlocker
     with other.session() as session, pytest.raises(StoreError):
         add(session, chunk(3, 5), COLLIDING)
     assert len(list(blocker.list("pack"))) == 1
+
+
+def test_a_collision_with_what_was_put_since_the_look_is_found(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    """Between two of one call, the first one's pack is full and put."""
+    store = nodes(blocker, hash=COLLIDING, pack_bytes=1)
+    one, other = chunk(1), chunk(2)
+    digest = COLLIDING.digest(one)
+    assert COLLIDING.digest(other) == digest
+    with store.session() as session:
+        with pytest.raises(StoreError, match="blake3"):
+            session.add_chunks([(digest, one), (digest, other)])
+        session.flush()
+    assert store.read(digest) == one
+    assert len(list(blocker.list("pack"))) == 1
+
+
+def test_a_collision_of_two_threads_is_found(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stores its chunk, durably, after the other one has looked for its own."""
+    store = nodes(blocker, hash=COLLIDING, pack_bytes=1)
+    real = store.place_to_rely_on
+    with store.session() as session:
+
+        def look(digest: Digest, data: bytes, places: Sequence[Location]) -> Location | None:
+            found = real(digest, data, places)
+            if data == chunk(2) and not list(blocker.list("pack")):
+                add(session, chunk(1), COLLIDING)
+            return found
+
+        monkeypatch.setattr(store, "place_to_rely_on", look)
+        with pytest.raises(StoreError, match="blake3"):
+            add(session, chunk(2), COLLIDING)
+        session.flush()
+    assert len(list(blocker.list("pack"))) == 1
+
+
+def test_a_collision_of_two_sessions_is_found(blocker: MemoryBlocker, nodes: Nodes) -> None:
+    store = nodes(blocker, hash=COLLIDING)
+    with store.session() as one, store.session() as another:
+        digest = add(one, chunk(1), COLLIDING)
+        with pytest.raises(StoreError, match="blake3"):
+            add(another, chunk(2), COLLIDING)
+        # The same bytes are no collision; neither session can rely on the other to put them.
+        assert another.add_chunk(digest, chunk(1))
+        one.flush()
+        another.flush()
+    assert store.read(digest) == chunk(1)
 
 
 def test_an_untrusted_hit_on_a_damaged_copy_stores_a_good_one(blocker: MemoryBlocker, nodes: Nodes) -> None:

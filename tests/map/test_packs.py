@@ -32,7 +32,7 @@ things = st.one_of(
     ),
     st.binary(min_size=1, max_size=50).map(lambda stored: (Kind.PAGE, Coding.RAW, len(stored), stored)),
     st.builds(
-        lambda raw, stored: (Kind.PAGE, Coding.ZSTD, raw, stored),
+        lambda raw, stored: (Kind.PAGE, Coding.ZSTD, max(raw, len(stored)), stored),
         st.integers(1, RAW_BYTES_MAX),
         st.binary(min_size=1, max_size=50),
     ),
@@ -210,8 +210,8 @@ def signed(value: bytes, change: Callable[[bytearray], None]) -> tuple[PackId, b
     return PackId(hashlib.blake2b(head, digest_size=32).hexdigest()), bytes(head)
 
 
-def put(layout: str, place: int, number: int) -> Callable[[bytearray], None]:
-    return lambda head: struct.pack_into(layout, head, place, number)
+def put(layout: str, place: int, *numbers: int) -> Callable[[bytearray], None]:
+    return lambda head: struct.pack_into(layout, head, place, *numbers)
 
 
 def test_what_is_signed_here_is_believed_if_nothing_is_changed() -> None:
@@ -242,6 +242,7 @@ def test_what_is_signed_here_is_believed_if_nothing_is_changed() -> None:
         ("raw, but of two sizes", put("<I", ENTRIES + 36, 2 * SECTOR_BYTES)),
         ("an offset with a gap", put("<I", ENTRIES + 48 + 40, SECTOR_BYTES + 1)),
         ("an offset that overlaps", put("<I", ENTRIES + 48 + 40, 0)),
+        ("a page longer as stored than raw", put("<BBHI", ENTRIES + 2 * 48 + 32, Kind.PAGE, Coding.ZSTD, 0, 9)),
         ("nothing stored", put("<I", ENTRIES + 2 * 48 + 44, 0)),
         ("a chunk of part of a sector", put("<I", ENTRIES + 2 * 48 + 36, SECTOR_BYTES + 1)),
         ("a chunk too long", put("<I", ENTRIES + 2 * 48 + 36, RAW_BYTES_MAX + SECTOR_BYTES)),

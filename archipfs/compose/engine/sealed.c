@@ -136,6 +136,8 @@ int ae_sealed_read(const struct ae_sealed *sealed, void *buffer, size_t length, 
         ae_region_release(region);
         if (moved)
             result = nowait ? -EAGAIN : read_again(sealed, to, offset, part_end);
+        else if (!nowait)
+            result = as_failure(result);
         if (result < 0)
             return result;
         to += part_end - offset;
