@@ -5,21 +5,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from archipfs.blockers.contract import DataObject
 from archipfs.blockers.fault import FaultBlocker
-from archipfs.blockers.memory import MemoryBlocker
-from archipfs.blockers.registry import create_blocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.sparse_file import SparseFile
 from archipfs.errors import InvalidInput, LockHeld, NotFound
-from archipfs.map.catalog import STORE_IDENT
-from archipfs.map.check import Severity, check_backend
 from archipfs.map.records import LayerRecord
-from archipfs.map.tree import Tree
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest
+from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import World, content_of, fill, pattern, see
 
 REGIONS = 2
@@ -231,36 +225,6 @@ def test_a_region_in_too_many_pieces_is_cut_afresh(world: World, composer: Compo
     done = composer.seal("second")
     assert done.added_bytes > REGION_BYTES
     assert content_of(composer, "second") == content
-
-
-@pytest.mark.parametrize("driver", ["memory", "file"])
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_sector_with_the_bytes_of_a_map_page(driver: str, compression: str, tmp_path: Path) -> None:
-    """As in a copy of a store, or by whom who wants to break it: both have the same digest, and one place."""
-    options = {"path": str(tmp_path / "store")}
-    world = World(tmp_path / "nodes", create_blocker("file", options) if driver == "file" else MemoryBlocker())
-    catalog = world.mapper().catalog
-    store = catalog.store()
-    assert store is not None
-    catalog.put(msgspec.structs.replace(store.record, compression=compression), STORE_IDENT, store.version)
-    composer = world.composer()
-    # So many single sectors make a page as large as a sector.
-    volume(composer, "vm", *((2 * place, noise(place, 1)) for place in range(102)))
-    composer.snapshot("vm", "snap")
-    composer.seal("snap")
-    sealed = layer_of(composer, "snap").sealed
-    assert sealed is not None
-    pages = composer.sealed_store(composer.mapper()).chunks.page
-    ((_, leaf),) = Tree(pages, Digest(bytes.fromhex(sealed.root))).regions()
-    page = pages(leaf)
-    assert len(page) == SECTOR_BYTES
-    content = volume(composer, "copy", (5, page))
-    composer.snapshot("copy", "copy@a")
-    assert composer.seal("copy@a").added_bytes < 2 * SECTOR_BYTES
-    assert content_of(composer, "copy@a") == content
-    found = check_backend(composer.mapper(), composer.sealed_store(composer.mapper()).chunks)
-    assert [each for each in found if each.severity is Severity.ERROR] == []
-    composer.close_all()
 
 
 def test_everything_that_takes_a_snapshot_takes_a_sealed_one(world: World, composer: Composer) -> None:
