@@ -11,7 +11,8 @@ from archipfs.blockers.contract import DataObject
 from archipfs.blockers.fault import FaultBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.sparse_file import SparseFile
-from archipfs.errors import InvalidInput, LockHeld, NotFound
+from archipfs.compose.volume import OpenVolume
+from archipfs.errors import InvalidInput, LockHeld, NotFound, StoreError
 from archipfs.map.records import LayerRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import World, content_of, fill, pattern, see
@@ -197,6 +198,39 @@ def test_an_open_volume_goes_over_to_the_sealed_layer(world: World, composer: Co
             opened.write(9 * SECTOR_BYTES + 100, b"the rest of this sector is in a pack")
             content[9 * SECTOR_BYTES + 100 : 9 * SECTOR_BYTES + 136] = b"the rest of this sector is in a pack"
             assert opened.read(0, SIZE) == bytes(content)
+
+
+def test_a_volume_that_cannot_go_over_keeps_no_other_from_it(
+    world: World, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume(composer, "vm", (0, noise(1, 9)))
+    composer.snapshot("vm", "before")
+    write(composer, "vm", (3, noise(2, 1)))
+    content = content_of(composer, "vm")
+    composer.snapshot("vm", "snap")
+    composer.remove("before")
+    names = ("clone1", "clone2", "clone3")
+    for name in names:
+        composer.clone("snap", name)
+    opened = [composer.open(composer.find(name)) for name in names]
+    rebase = OpenVolume.rebase
+
+    def fails_for_one(self: OpenVolume, sealed: LayerRecord) -> None:
+        if self is opened[0]:
+            raise StoreError("wanted by the test")
+        rebase(self, sealed)
+
+    monkeypatch.setattr(OpenVolume, "rebase", fails_for_one)
+    layer = layer_of(composer, "snap").id
+    with pytest.raises(StoreError, match="wanted by the test"):
+        composer.seal("snap")
+    assert layer in data_objects(world)
+    composer.reclaim()
+    assert layer not in data_objects(world)
+    assert [each.read(0, SIZE) for each in opened] == [content] * 3
+    assert [each.engine.statistics().layers for each in opened] == [3, 2, 2]
+    for each in opened:
+        composer.release(each)
 
 
 def test_what_a_shrink_has_hidden_stays_hidden(world: World, composer: Composer) -> None:
