@@ -181,6 +181,12 @@ def test_a_live_volume_is_sealed_as_it_is_now(world: World, composer: Composer) 
     ]
 
 
+def test_a_volume_without_a_size_has_nothing_to_seal(world: World, composer: Composer) -> None:
+    composer.create("touched", 0)
+    assert composer.seal("touched", live=True).layers == 0
+    assert packs(world) == set()
+
+
 def test_an_open_volume_goes_over_to_the_sealed_layer(world: World, composer: Composer) -> None:
     content = bytearray(volume(composer, "vm", (0, noise(1, 300))))
     with composer.using(composer.find("vm")) as opened:
