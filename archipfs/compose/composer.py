@@ -632,6 +632,13 @@ class Composer:
                 self.seals_waited_for -= waited_for
 
     def _seal(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
+        try:
+            return self._seal_found(found, live, threads, progress)
+        except ObjectMissing:
+            self._refuse_moved(found)  # then its layers may be gone, and nothing is wrong with the store
+            raise
+
+    def _seal_found(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
         target = self._frozen_layer(found, live)
         if target is None:
             return SealedVolume(0, 0, 0)

@@ -404,6 +404,23 @@ def test_a_volume_that_is_removed_while_it_is_sealed(composer: Composer) -> None
         composer.seal("snap", progress=remove)
 
 
+def test_a_snapshot_that_is_removed_before_its_turn_comes(composer: Composer) -> None:
+    """Its layer is gone by then, which is no damage of the store."""
+    volume(composer, "vm", (0, noise(1, 20)))
+    composer.snapshot("vm", "first")
+    write(composer, "vm", (9, noise(2, 1)))
+    composer.snapshot("vm", "second")
+
+    def remove(done: int, total: int) -> None:
+        for name in ("second", "vm"):
+            composer.remove(name)
+        composer.reclaim()
+
+    with pytest.raises(NotFound, match="second has just been removed"):
+        composer.seal("second", progress=remove)
+    assert layer_of(composer, "first").sealed is not None
+
+
 def test_a_volume_of_another_node_is_left_alone(world: World, composer: Composer) -> None:
     volume(composer, "vm", (0, noise(1, 20)))
     composer.snapshot("vm", "snap")
