@@ -1,8 +1,10 @@
 """What is swept, and what never is, whoever else is at work."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.blockers.contract import Record
+from archipfs.blockers.fault import FaultBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
@@ -397,3 +400,28 @@ def test_a_layer_that_somebody_is_about_to_seal_goes_all_the_same(
     monkeypatch.setattr(Catalog, "delete", shows_intent_first)
     assert mapper.reclaim().layers == 1
     assert layers_of(mapper) == set()
+
+
+def test_two_sweeps_at_once_take_nothing_that_is_being_made(world: World) -> None:
+    """As ``archip gc`` beside recovery: the second one to begin does not have the first forget what is pending."""
+
+    class Twice(FaultBlocker):
+        begun = False
+
+        def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+            if kind == "layer" and not self.begun:
+                self.begun = True
+                other.start()
+                other.join(0.2)
+                made.append(stack.enter_context(mapper.new_layer(None, 0)).id)
+            yield from super().list_records(kind)
+
+    made: list[LayerId] = []
+    mapper = world.mapper(Twice(world.store))
+    garbage = new_layer(mapper)
+    other = Thread(target=mapper.reclaim)
+    with ExitStack() as stack:
+        mapper.reclaim()
+        other.join()
+        assert layers_of(mapper) == set(made)
+    assert garbage not in layers_of(mapper)
