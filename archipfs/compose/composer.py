@@ -632,6 +632,13 @@ class Composer:
                 self.seals_waited_for -= waited_for
 
     def _seal(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
+        try:
+            return self._seal_found(found, live, threads, progress)
+        except ObjectMissing:
+            self._refuse_moved(found)  # then its layers may be gone, and nothing is wrong with the store
+            raise
+
+    def _seal_found(self, found: Found, live: bool, threads: int, progress: Progress) -> SealedVolume:
         target = self._frozen_layer(found, live)
         if target is None:
             return SealedVolume(0, 0, 0)
@@ -703,8 +710,8 @@ class Composer:
         started = time.perf_counter()
         record = seal_layer(mapper, self._sealed[mapper.backend], layer, threads=threads, advance=advance)
         assert record.sealed is not None
-        self._go_over(mapper, record)
         self._reclaim_wanted = True
+        self._go_over(mapper, record)
         seconds = round(time.perf_counter() - started, 3)
         log.info("sealed", layer=layer, data=record.sealed.data_bytes, added=record.sealed.added_bytes, seconds=seconds)
         return record.sealed
@@ -717,9 +724,18 @@ class Composer:
         """
         with self._table.changed:
             opened_all = list(self._table.volumes.values())
+        failed: ArchipError | None = None
         for opened in opened_all:
             if opened.mapper is mapper:
-                opened.rebase(sealed)
+                try:
+                    opened.rebase(sealed)
+                except ArchipError as error:
+                    # It goes on with the objects that it has open. The layer is sealed: nobody comes by again for the
+                    # others.
+                    log.error("reads on what was sealed until it is closed", volume=opened.id, error=str(error))
+                    failed = failed or error
+        if failed is not None:
+            raise failed
         self._live[mapper.backend].forget(sealed.id)
         delete_objects(mapper.blocker, sealed.id)
 

@@ -489,7 +489,7 @@ class OpenVolume:
     def head_is_empty(self) -> bool:
         """Whether nothing was written since the last snapshot."""
         with self._paused() as engine:
-            return engine.head_is_clear(0, engine.size)
+            return engine.size == 0 or engine.head_is_clear(0, engine.size)
 
     def rebase(self, sealed: LayerRecord) -> None:
         """Read the layer as it is sealed now, if this volume has it open; nobody waits for that."""

@@ -23,7 +23,7 @@ from typing import Any
 import structlog
 import trio
 
-from archipfs.daemon.commands import Progress, Sent, call, ignored
+from archipfs.daemon.commands import Progress, Sent, call
 from archipfs.daemon.node import Node
 from archipfs.errors import ArchipError
 from archipfs.types import RequestId
@@ -110,6 +110,11 @@ def _progress_to(stream: trio.SocketStream) -> Progress:
     return progress
 
 
+def _heed_the_end(done: int, total: int) -> None:
+    """For a client that does not want to know how far it is: the end of the daemon ends its command all the same."""
+    trio.from_thread.check_cancelled()
+
+
 def _carry_out(node: Node, line: bytes, progress: Progress) -> Any:
     try:
         request = json.loads(line)
@@ -119,5 +124,5 @@ def _carry_out(node: Node, line: bytes, progress: Progress) -> Any:
     except (ValueError, KeyError, TypeError) as error:
         raise ArchipError(f"not a request: {line[:80]!r}; send one JSON object with command and arguments") from error
     request_id = RequestId(f"command:{ident}") if ident is not None else None
-    sent = Sent(request_id, again, progress if wants_progress else ignored)
+    sent = Sent(request_id, again, progress if wants_progress else _heed_the_end)
     return call(node, command, arguments, sent)

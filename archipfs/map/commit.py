@@ -5,7 +5,9 @@ shows what it is about to do before it looks at the other: we put our token into
 condemned packs, it condemns packs and then looks for tokens.
 """
 
+import random
 import secrets
+import time
 from contextlib import suppress
 
 import msgspec
@@ -15,6 +17,9 @@ from archipfs.map.catalog import Catalog, Versioned
 from archipfs.map.chunks import Session, Swept
 from archipfs.map.records import LayerRecord, Sealed
 from archipfs.types import LayerId
+
+WAITS_MAX = 4
+"""How many times as long as an attempt took one waits at most before the next."""
 
 
 def commit_sealed(
@@ -26,7 +31,9 @@ def commit_sealed(
     somebody else who was quicker. Raises ``Swept`` if something that was relied upon is about to be deleted, or the
     layer is read otherwise by now: begin anew with another session; ``NotFound`` if the layer is gone.
     """
+    attempts = 0
     while True:
+        attempts, began = attempts + 1, time.monotonic()
         found = get_layer(catalog, layer.id)
         if found.record.sealed is not None:
             return found.record
@@ -50,6 +57,8 @@ def commit_sealed(
         done = msgspec.structs.replace(intent, sealing=None, sealed=sealed, parent=parent)
         with suppress(Conflict):
             return catalog.put(done, layer.id, shown.version).record
+        # Two who seal the same, each as fast as the other, would take each other's token away for ever.
+        time.sleep(random.uniform(0, min(attempts, WAITS_MAX) * (time.monotonic() - began)))
 
 
 def get_layer(catalog: Catalog, layer: LayerId) -> Versioned[LayerRecord]:

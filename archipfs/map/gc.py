@@ -25,13 +25,14 @@ import msgspec
 import numpy
 
 from archipfs.blockers.contract import Blocker
-from archipfs.errors import Busy, Conflict, Fenced, ObjectDamaged, ObjectMissing
+from archipfs.errors import Busy, Conflict, Fenced, FormatTooNew, ObjectDamaged, ObjectMissing, StoreFull
 from archipfs.map.catalog import Catalog, Versioned
 from archipfs.map.census import PackUse, take_census
 from archipfs.map.chunks import ChunkStore, Location, pack_key
 from archipfs.map.marking import Marking, Prefixes, look_up, prefixes
 from archipfs.map.packs import Entry, Kind, PackIndex
-from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, LayerRecord, R
+from archipfs.map.reclaim import refuse_gaps
+from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, LayerRecord, R, VolumeRecord
 from archipfs.map.survey import find_lost
 from archipfs.types import Digest, LayerId, PackId
 
@@ -48,6 +49,7 @@ _LOCK_IDENT = "lock"
 SEALING_HERE = "in use by a seal"
 YOUNG = "made by another node within the hour"
 DAMAGED = "damaged, and needed"
+FULL = "no room for what of them is needed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,43 +119,56 @@ class Collector:
         With ``unreadable`` also packs whose heads are damaged, if all that is needed lies in others. Without, they
         stay, since nobody knows what is in them.
 
+        It works on a full store too: to write down what goes takes room, which is kept back for that; nothing is copied
+        then.
+
         ``pulse`` is called every now and then; what it raises ends the collection, whose rest is left to the next.
         Raises ``Busy`` if another collection is under way, ``Fenced`` if another node took this one for dead, and
         ``ObjectMissing``, ``ObjectDamaged`` or ``FormatTooNew``, with nothing deleted, for a record or a page that
-        cannot be read. Takes up to two packs' bytes of memory beside what ``marking`` and ``census`` state.
+        cannot be read, or a layer that is missing. Takes up to two packs' bytes of memory beside what ``marking`` and
+        ``census`` state.
         """
         if not self._mutex.acquire(blocking=False):
             raise Busy("garbage of this store is being collected already; wait until that is done")
         try:
             if dry_run:
                 return self._foresee(pulse)
-            with self._lock.held():  # 1
-                return self._collect(unreadable, pulse)
+            try:
+                with self._lock.held():  # 1
+                    return self._collect(unreadable, pulse, repack=True)
+            except StoreFull:
+                if not self._blocker.relieve():
+                    raise
+            with self._lock.held():
+                return self._collect(unreadable, pulse, repack=False)
         finally:
             self._mutex.release()
 
-    def _collect(self, unreadable: bool, pulse: Callable[[], None]) -> Collected:
+    def _collect(self, unreadable: bool, pulse: Callable[[], None], *, repack: bool) -> Collected:
         kept: Counter[str] = Counter()
         marking = Marking(self._store.page)
         before = self._look(marking, unreadable, pulse)  # 2
         dead = {use.pack for use in before.uses.values() if use.dead and self._is_ours_to_take(use, kept)}
-        repacked = self._worth_repacking(before, kept)
-        self._condemn((dead | {use.pack for use in repacked}) - before.condemned)  # 3
-        if not (dead or repacked or before.condemned):
+        repacked = self._worth_repacking(before, kept) if repack else []
+        condemned = before.condemned | dead | {use.pack for use in repacked}
+        self._condemn(condemned - before.condemned)  # 3
+        if not condemned:
             self._delete([], before.strays, pulse)
             return Collected(0, 0, 0, 0, 0, kept)
         copied_bytes, made = self._repack(repacked, kept, pulse)  # 4
         self._wait_for_intents(pulse)  # 5
         after = self._look(marking, unreadable, pulse)  # 6
         pinned = self._store.pinned()
-        dead = {pack for pack in after.condemned & after.uses.keys() - pinned if after.uses[pack].dead}
+        # What somebody else has condemned since, who was taken for dead, may be relied upon: no intent was waited for.
+        ours = after.condemned & condemned & after.uses.keys() - pinned
+        dead = {pack for pack in ours if after.uses[pack].dead}
         marks = marking.marks.sorted()
         doomed = [after.uses[pack] for pack in sorted(dead) if self._others_can_be_read(pack, dead, marks, kept, pulse)]
         needed = after.condemned - {use.pack for use in doomed}
         for pack in sorted(needed):
             self._drop(CondemnedRecord, pack)
         self._delete([use.pack for use in doomed], after.strays, pulse)  # 7
-        made_bytes = sum(after.uses[pack].total_bytes for pack in made - before.uses.keys())
+        made_bytes = sum(after.uses[pack].total_bytes for pack in made & after.uses.keys() - before.uses.keys())
         return Collected(
             packs=len(doomed),
             freed_bytes=sum(use.total_bytes for use in doomed) - made_bytes,
@@ -181,10 +196,14 @@ class Collector:
     # 2 and 6: marking, and what it says of each pack
 
     def _look(self, marking: Marking, unreadable: bool, pulse: Callable[[], None]) -> _View:
+        # Volumes come before layers: what they lead to is listed then, unless it is lost.
+        volumes = [found.record for _, found in self._catalog.list(VolumeRecord, skip_damaged=True)]
+        layers = {LayerId(layer): found.record for layer, found in self._catalog.list(LayerRecord)}
+        refuse_gaps(self._catalog, volumes, layers)
         roots = {
-            Digest(bytes.fromhex(found.record.sealed.root)): LayerId(layer)
-            for layer, found in self._catalog.list(LayerRecord)
-            if found.record.sealed is not None
+            Digest(bytes.fromhex(record.sealed.root)): layer
+            for layer, record in layers.items()
+            if record.sealed is not None
         }
         for root, layer in roots.items():
             marking.mark(root, layer, pulse)
@@ -199,8 +218,9 @@ class Collector:
         packs = self._store.packs()
         there = packs | self._store.damaged_packs.keys()
         uses = take_census(packs, condemned, damage, marking.marks.sorted(), self._index_of(pulse))
-        if unreadable and not find_lost(self._catalog, self._store, pulse, without=there - uses.keys()):
-            uses |= {pack: _of_no_use(pack, self._node) for pack in there - uses.keys()}
+        broken = {pack for pack in there - uses.keys() if self._is_damaged(pack)} if unreadable else set()
+        if broken and not find_lost(self._catalog, self._store, pulse, without=broken):
+            uses |= {pack: _of_no_use(pack, self._node) for pack in broken}
         return _View(
             condemned=condemned & there,
             damage=damage,
@@ -217,6 +237,16 @@ class Collector:
                 return None  # it stays as it is; and what it has does not count, since others cannot find it
 
         return index_of
+
+    def _is_damaged(self, pack: PackId) -> bool:
+        """Whether its head is: not merely of a later format, nor gone."""
+        try:
+            self._store.index(pack)
+        except ObjectDamaged:
+            return True
+        except (ObjectMissing, FormatTooNew):
+            return False
+        return False
 
     def _is_ours_to_take(self, use: PackUse, kept: Counter[str]) -> bool:
         """Whether nobody is likely to rely on it soon. Only a courtesy: a sealer finds out in any case."""
@@ -252,22 +282,25 @@ class Collector:
     ) -> tuple[int, set[PackId]]:
         """Copy what is needed to packs that are not condemned. Returns how many bytes were new there, and the packs.
 
-        A pack that cannot be read to its end goes on being needed, and so it stays.
+        A pack that cannot be read to its end, or that there is no room to copy, goes on being needed, and so it stays.
         """
         with self._store.session() as session:
-            for use in condemned:
-                self._lock.verify()
-                try:
-                    for entry in self._needed_entries(use):
-                        pulse()
-                        raw = self._store.read(entry.digest)
-                        if entry.kind is Kind.PAGE:
-                            session.add_page(raw)
-                        else:
-                            session.add_chunk(entry.digest, raw)
-                except ObjectDamaged:
-                    kept[DAMAGED] += 1  # a scrub says what is
-            session.flush()
+            try:
+                for use in condemned:
+                    self._lock.verify()
+                    try:
+                        for entry in self._needed_entries(use):
+                            pulse()
+                            raw = self._store.read(entry.digest)
+                            if entry.kind is Kind.PAGE:
+                                session.add_page(raw)
+                            else:
+                                session.add_chunk(entry.digest, raw)
+                    except ObjectDamaged:
+                        kept[DAMAGED] += 1  # a scrub says what is
+                session.flush()
+            except StoreFull:
+                kept[FULL] += 1  # what is dead goes all the same, which makes room for the next time
             return session.added_bytes, session.relied_upon()
 
     # 3, and 5 to 7: from condemned to gone

@@ -131,6 +131,7 @@ class Mapper:
         self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
+        self._reclaiming = threading.Lock()
         self._pending: set[LayerId] = set()
         self._pending_since_reclaim: set[LayerId] = set()
         """Those, and all that were since the last ``reclaim`` began."""
@@ -496,17 +497,18 @@ class Mapper:
         Raises ``ObjectDamaged``, ``FormatTooNew`` or ``ObjectMissing``, and deletes nothing, where it cannot know.
         """
 
-        with self._mutex:
-            # A layer may come to be named between our look at the volumes and our look at the layers.
-            pending = self._pending_since_reclaim = set(self._pending)
-
         def in_use(layer: LayerRecord) -> bool:
             if layer.node == self.node.id:
                 with self._mutex:
-                    return layer.id in pending
+                    return layer.id in self._pending_since_reclaim
             return time.time_ns() - layer.created_ns < FOREIGN_GRACE_NS
 
-        return reclaim(self.catalog, self.blocker, in_use)
+        # One at a time: the next would have us forget what was pending since this one began.
+        with self._reclaiming:
+            with self._mutex:
+                # A layer may come to be named between our look at the volumes and our look at the layers.
+                self._pending_since_reclaim = set(self._pending)
+            return reclaim(self.catalog, self.blocker, in_use)
 
     def forget_stray_locks(self) -> None:
         """Remove the records of locks whose volumes are gone."""

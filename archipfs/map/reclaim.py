@@ -10,10 +10,11 @@ deleted then.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from archipfs.blockers.contract import Blocker
-from archipfs.errors import ObjectMissing
+from archipfs.errors import Conflict, ObjectMissing
 from archipfs.map.catalog import Catalog, children_first
 from archipfs.map.records import LayerRecord, VolumeRecord
 from archipfs.types import LayerId
@@ -35,7 +36,7 @@ def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], 
     used = reachable(roots, layers)
     garbage = {layer: record for layer, record in layers.items() if layer not in used}
     if garbage:
-        _refuse_gaps(catalog, volumes, layers)
+        refuse_gaps(catalog, volumes, layers)
     stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
     stored_bytes += _delete_sealed_objects(blocker, layers)
     return Reclaimed(len(garbage), stored_bytes)
@@ -66,18 +67,22 @@ def _collect(catalog: Catalog) -> tuple[list[VolumeRecord], dict[LayerId, LayerR
         volumes = again
 
 
-def _refuse_gaps(catalog: Catalog, volumes: list[VolumeRecord], layers: Mapping[LayerId, LayerRecord]) -> None:
-    """Raises ``ObjectMissing`` if a layer is missing that a volume needs."""
+def refuse_gaps(catalog: Catalog, volumes: list[VolumeRecord], layers: Mapping[LayerId, LayerRecord]) -> None:
+    """Raises ``ObjectMissing`` if a layer is missing that a volume needs. The volumes were read before the layers."""
     if reachable({record.layer for record in volumes}, layers) <= layers.keys():
         return
     for record in volumes:
         missing = reachable({record.layer}, layers) - layers.keys()
         now = catalog.get(VolumeRecord, record.id) if missing and record.name is not None else None
-        if now is not None and now.record.layer == record.layer and now.record.name is not None:
+        if now is None or now.record.layer != record.layer or now.record.name is None:
+            continue
+        try:
+            catalog.chain(record.layer)  # a layer may have been sealed since, and what it was merged with deleted
+        except ObjectMissing as error:
             raise ObjectMissing(
                 f"layer {min(missing)} of {record.name} is not in the store; "
                 "nothing is deleted as long as nobody knows what else it needs; run `archip check`"
-            )
+            ) from error
 
 
 def reachable(roots: set[LayerId], layers: Mapping[LayerId, LayerRecord]) -> set[LayerId]:
@@ -95,9 +100,9 @@ def reachable(roots: set[LayerId], layers: Mapping[LayerId, LayerRecord]) -> set
 def delete_layer(catalog: Catalog, blocker: Blocker, layer: LayerId) -> int:
     """Delete a layer's objects, then its record, so that a record leads to whatever is left. Returns bytes freed."""
     stored_bytes = delete_objects(blocker, layer)
-    found = catalog.get(LayerRecord, layer)
-    if found is not None:
-        catalog.delete(LayerRecord, layer, found.version)
+    while (found := catalog.get(LayerRecord, layer)) is not None:
+        with suppress(Conflict):  # somebody was about to seal it
+            catalog.delete(LayerRecord, layer, found.version)
     return stored_bytes
 
 

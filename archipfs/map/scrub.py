@@ -201,10 +201,11 @@ def repair(
     mended: set[Digest] = set()
     while True:
         lost = set(find_lost(catalog, store, lambda: progress(0, 0)))
-        found = _look_elsewhere(store, elsewhere, set(lost), mask_bits, tried, progress)
+        # What was stored anew and is lost still is not mended by storing it once more: it makes no sense as it is.
+        found = _look_elsewhere(store, elsewhere, lost - mended, mask_bits, tried, progress)
         mended |= found
         if not found:
-            return Repaired(len(mended), len(lost), tried)
+            return Repaired(len(mended - lost), len(lost), tried)
         # A page that is there again may lead to more that is lost.
 
 

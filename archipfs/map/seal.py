@@ -2,7 +2,7 @@
 
 What is to be sealed is read region by region (4 MiB), and only where it differs from its *base*, a map that is there
 already. A region's new page is the base's page with the new chunks laid over it, so that 4 KiB changed cost 4 KiB and a
-page. A region in too many pieces is read whole and cut afresh.
+page. A region in too many pieces is put together and cut afresh.
 
 Memory: 4 MiB to read to for each thread, what the session keeps of the packs it is
 making, and for each changed region the digest of its new page (about 200 bytes, so 50 MiB for a whole TiB).
@@ -11,9 +11,11 @@ making, and for each changed region the digest of its new page (about 200 bytes,
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from archipfs.errors import ObjectDamaged, ObjectMissing
 from archipfs.map.chunker import cut
 from archipfs.map.chunks import ChunkStore, Session
 from archipfs.map.hashes import Buffer
@@ -22,7 +24,7 @@ from archipfs.map.tree import Tree, updated
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest
 
 EXTENTS_MAX = 384
-"""How many pieces a region may be in; with more it is read whole and cut afresh."""
+"""How many pieces a region may be in; with more it is put together and cut afresh."""
 BATCH_REGIONS_MAX = 32
 ASK_BYTES = 16 * SECTOR_BYTES
 """A run of changes longer than that may have holes worth looking for before it is read."""
@@ -253,8 +255,9 @@ class _Sealer:
             first, count = (run_start - start) // SECTOR_BYTES, (run_end - run_start) // SECTOR_BYTES
             extents = overlay(extents, first, count, above)
         if len(extents) > EXTENTS_MAX:
-            extents = self._cut(start, start, start + REGION_BYTES, room)
-            read_bytes += REGION_BYTES
+            with suppress(ObjectDamaged, ObjectMissing):  # it stays in its pieces until that is repaired
+                extents, more_bytes = self._cut_afresh(start, extents, {extent.digest for extent in below}, room)
+                read_bytes += more_bytes
         leaf = None
         if extents:
             page = encode_leaf(extents, self._store.hash.digest_bytes)
@@ -278,15 +281,48 @@ class _Sealer:
 
     def _cut(self, region_start: int, start: int, end: int, room: _Room) -> list[Extent]:
         """Read a piece of a region and cut it into chunks."""
-        data = room.take(end - start)
+        data = self._take(end - start, room)
+        self._reader.read_into(start, data)
+        return self._chunks_of(data, (start - region_start) // SECTOR_BYTES, room)
+
+    def _cut_afresh(
+        self, region_start: int, extents: list[Extent], in_base: set[Digest], room: _Room
+    ) -> tuple[list[Extent], int]:
+        """The same region in fewer pieces, and how many bytes were read of what is not sealed.
+
+        What the base has comes from there by its digests, and so is compared with them: to read it as a volume is
+        read could give bytes that have changed on the disk a new digest, and then they would pass for the right ones.
+        """
+        data = self._take(REGION_BYTES, room)
+        data[:] = bytes(REGION_BYTES)
+        read_bytes = 0
+        known, chunk = None, b""
+        for extent in extents:
+            place = data[extent.first * SECTOR_BYTES : extent.end * SECTOR_BYTES]
+            if extent.digest not in in_base:
+                self._reader.read_into(region_start + extent.first * SECTOR_BYTES, place)
+                read_bytes += len(place)
+                continue
+            if extent.digest != known:
+                known, chunk = extent.digest, self._store.read(extent.digest)
+            piece = chunk[extent.inner * SECTOR_BYTES :][: len(place)]
+            if len(piece) < len(place):
+                raise ObjectDamaged(f"chunk {extent.digest.hex()} is shorter than its page says; run `archip check`")
+            place[:] = piece
+        return self._chunks_of(data, 0, room), read_bytes
+
+    def _take(self, length: int, room: _Room) -> memoryview:
+        data = room.take(length)
         if data is None:
             # The session copies what it keeps.
             self._session.add_chunks(room.chunks)
             room.clear()
-            data = room.take(end - start)
+            data = room.take(length)
             assert data is not None
-        self._reader.read_into(start, data)
-        first_of_piece = (start - region_start) // SECTOR_BYTES
+        return data
+
+    def _chunks_of(self, data: memoryview, first_of_piece: int, room: _Room) -> list[Extent]:
+        """Cut what was read; its first sector has that number in its region."""
         extents = []
         for first, count in cut(data, self._mask_bits):
             chunk = data[first * SECTOR_BYTES : (first + count) * SECTOR_BYTES]

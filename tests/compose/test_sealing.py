@@ -11,7 +11,8 @@ from archipfs.blockers.contract import DataObject
 from archipfs.blockers.fault import FaultBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.sparse_file import SparseFile
-from archipfs.errors import InvalidInput, LockHeld, NotFound
+from archipfs.compose.volume import OpenVolume
+from archipfs.errors import InvalidInput, LockHeld, NotFound, StoreError
 from archipfs.map.records import LayerRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import World, content_of, fill, pattern, see
@@ -180,6 +181,12 @@ def test_a_live_volume_is_sealed_as_it_is_now(world: World, composer: Composer) 
     ]
 
 
+def test_a_volume_without_a_size_has_nothing_to_seal(world: World, composer: Composer) -> None:
+    composer.create("touched", 0)
+    assert composer.seal("touched", live=True).layers == 0
+    assert packs(world) == set()
+
+
 def test_an_open_volume_goes_over_to_the_sealed_layer(world: World, composer: Composer) -> None:
     content = bytearray(volume(composer, "vm", (0, noise(1, 300))))
     with composer.using(composer.find("vm")) as opened:
@@ -197,6 +204,39 @@ def test_an_open_volume_goes_over_to_the_sealed_layer(world: World, composer: Co
             opened.write(9 * SECTOR_BYTES + 100, b"the rest of this sector is in a pack")
             content[9 * SECTOR_BYTES + 100 : 9 * SECTOR_BYTES + 136] = b"the rest of this sector is in a pack"
             assert opened.read(0, SIZE) == bytes(content)
+
+
+def test_a_volume_that_cannot_go_over_keeps_no_other_from_it(
+    world: World, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume(composer, "vm", (0, noise(1, 9)))
+    composer.snapshot("vm", "before")
+    write(composer, "vm", (3, noise(2, 1)))
+    content = content_of(composer, "vm")
+    composer.snapshot("vm", "snap")
+    composer.remove("before")
+    names = ("clone1", "clone2", "clone3")
+    for name in names:
+        composer.clone("snap", name)
+    opened = [composer.open(composer.find(name)) for name in names]
+    rebase = OpenVolume.rebase
+
+    def fails_for_one(self: OpenVolume, sealed: LayerRecord) -> None:
+        if self is opened[0]:
+            raise StoreError("wanted by the test")
+        rebase(self, sealed)
+
+    monkeypatch.setattr(OpenVolume, "rebase", fails_for_one)
+    layer = layer_of(composer, "snap").id
+    with pytest.raises(StoreError, match="wanted by the test"):
+        composer.seal("snap")
+    assert layer in data_objects(world)
+    composer.reclaim()
+    assert layer not in data_objects(world)
+    assert [each.read(0, SIZE) for each in opened] == [content] * 3
+    assert [each.engine.statistics().layers for each in opened] == [3, 2, 2]
+    for each in opened:
+        composer.release(each)
 
 
 def test_what_a_shrink_has_hidden_stays_hidden(world: World, composer: Composer) -> None:
@@ -223,7 +263,7 @@ def test_a_region_in_too_many_pieces_is_cut_afresh(world: World, composer: Compo
     content = content_of(composer, "vm")
     composer.snapshot("vm", "second")
     done = composer.seal("second")
-    assert done.read_bytes > REGION_BYTES
+    assert done.added_bytes > REGION_BYTES
     assert content_of(composer, "second") == content
 
 
@@ -362,6 +402,23 @@ def test_a_volume_that_is_removed_while_it_is_sealed(composer: Composer) -> None
 
     with pytest.raises(NotFound):
         composer.seal("snap", progress=remove)
+
+
+def test_a_snapshot_that_is_removed_before_its_turn_comes(composer: Composer) -> None:
+    """Its layer is gone by then, which is no damage of the store."""
+    volume(composer, "vm", (0, noise(1, 20)))
+    composer.snapshot("vm", "first")
+    write(composer, "vm", (9, noise(2, 1)))
+    composer.snapshot("vm", "second")
+
+    def remove(done: int, total: int) -> None:
+        for name in ("second", "vm"):
+            composer.remove(name)
+        composer.reclaim()
+
+    with pytest.raises(NotFound, match="second has just been removed"):
+        composer.seal("second", progress=remove)
+    assert layer_of(composer, "first").sealed is not None
 
 
 def test_a_volume_of_another_node_is_left_alone(world: World, composer: Composer) -> None:

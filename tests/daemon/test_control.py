@@ -164,14 +164,28 @@ def test_hanging_up_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.Monk
         serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
 
 
-def test_the_end_of_the_daemon_ends_a_long_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wants_progress", [True, False])
+def test_the_end_of_the_daemon_ends_a_long_command(
+    wants_progress: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ask() -> None:
         connection.connect(str(tmp_path / "run" / control.SOCKET_NAME))
-        request = {"command": "count", "arguments": {"until": 100_000}, "progress": True}
+        request = {"command": "count", "arguments": {"until": 1000}, "progress": wants_progress}
         connection.sendall(json.dumps(request).encode() + b"\n")
-        assert json.loads(connection.recv(4096))["progress"][1] == 100_000
+        if wants_progress:
+            assert json.loads(connection.recv(4096))["progress"][1] == 1000
+        else:
+            assert begun.wait(5)
 
     # It stays open: it is not the hanging up that ends the command.
     with socket.socket(socket.AF_UNIX) as connection, long_command(monkeypatch) as ended:
+        begun = threading.Event()
+        count = COMMANDS["count"]
+
+        def begin(node: Node, sent: Sent, until: int) -> int:
+            begun.set()
+            return int(count(node, sent, until))
+
+        monkeypatch.setitem(COMMANDS, "count", begin)
         serve_while(tmp_path, lambda: trio.to_thread.run_sync(ask))
         assert ended.is_set()

@@ -9,10 +9,13 @@ import pytest
 import structlog.testing
 import trio
 
+from archipfs.blockers.contract import Space
+from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.config import SealConfig
 from archipfs.daemon.sealing import BackgroundSealing
-from archipfs.errors import StoreError
+from archipfs.errors import StoreError, StoreUnavailable
+from archipfs.map.mapper import data_key
 from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import World, fill, pattern
 
@@ -73,6 +76,63 @@ def test_a_volume_is_frozen_only_if_it_was_not_written_for_long(composer: Compos
     time.sleep(0.02)
     in_background(BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.01)).seal_what_is_due)
     assert composer.stored_bytes(composer.find("vm")) == 0
+
+
+def test_what_cannot_be_looked_at_keeps_nothing_else_from_being_sealed(composer: Composer) -> None:
+    composer.create("broken", REGION_BYTES)
+    composer.mapper().blocker.delete_data(data_key(composer.find("broken").record.layer))
+    sealing = BackgroundSealing(composer, SealConfig(after_seconds=0, live_after_seconds=0.001))
+    time.sleep(0.01)
+    with structlog.testing.capture_logs() as logs:
+        in_background(sealing.seal_what_is_due)
+    assert [each["volume"] for each in logs if each["log_level"] == "error"] == ["broken"]
+    assert state(composer) == "sealed"
+
+
+def test_a_store_that_does_not_answer_is_asked_again_later(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def volumes(self: Composer) -> None:
+        asked.append(self)
+        raise StoreUnavailable("wanted by the test")
+
+    monkeypatch.setattr(Composer, "volumes", volumes)
+    sealing = BackgroundSealing(composer, AT_ONCE)
+    for _ in range(3):
+        in_background(sealing.seal_what_is_due)
+    assert len(asked) == 1
+
+
+def test_what_another_node_made_is_left_to_it_for_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "nodes")
+    theirs = world.composer(host="one")
+    theirs.create("vm", REGION_BYTES)
+    fill(theirs, "vm", pattern(1, 4))
+    theirs.snapshot("vm", "snap")
+    ours = world.composer(host="two")
+    in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+    assert state(ours) == "frozen"
+    now_ns = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 3600 * 10**9)
+    in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+    assert state(ours) == "sealed"
+
+
+def test_it_takes_no_room_that_volumes_may_need(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives space back only in the end; what it has stored when the store is full helps nobody."""
+    total, rest = 1 << 30, 8 * REGION_BYTES
+    for available, expected in ((total // 32, "frozen"), (total // 32 + rest, "sealed")):
+        monkeypatch.setattr(
+            MemoryBlocker, "space", lambda self, available=available: Space(total, available, available)
+        )
+        in_background(BackgroundSealing(composer, AT_ONCE).seal_what_is_due)
+        assert state(composer) == expected
+        assert bool(list(composer.mapper().blocker.list("pack"))) == (expected == "sealed")
+    composer.create("other", REGION_BYTES)
+    fill(composer, "other", pattern(3, 4))
+    composer.snapshot("other", "others")
+    monkeypatch.setattr(MemoryBlocker, "space", lambda self: Space(total, 0, 0))
+    assert composer.seal("others").layers == 1, "whoever asks for it gets it, as far as there is room"
 
 
 def test_it_keeps_to_its_bandwidth(composer: Composer) -> None:

@@ -4,7 +4,8 @@ import itertools
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from archipfs.blockers.contract import Record
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
 from archipfs.blockers.memory import MemoryBlocker
-from archipfs.errors import Busy, Fenced, ObjectDamaged, ObjectMissing, StoreUnavailable
+from archipfs.errors import Busy, Fenced, ObjectDamaged, ObjectMissing, StoreFull, StoreUnavailable
 from archipfs.map import gc as gc_module
-from archipfs.map.gc import DAMAGED, SEALING_HERE, YOUNG, Collected, Collector
-from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, LayerRecord, Sealed
-from archipfs.types import LayerId, PackId
+from archipfs.map.census import PackUse
+from archipfs.map.gc import DAMAGED, FULL, SEALING_HERE, YOUNG, Collected, Collector
+from archipfs.map.records import CondemnedRecord, DamageRecord, GcRecord, Kind, LayerRecord, Sealed, VolumeRecord
+from archipfs.types import LayerId, PackId, new_volume_id
 from tests.compose.interleave import NEVER, SteppedBlocker, schedules
 from tests.map.sealing import NODE, OTHER_NODE, Content, Sealer, chunk_of, expected, sealer
 
@@ -212,6 +215,112 @@ def test_where_a_layer_record_cannot_be_read_nothing_is_deleted(blocker: MemoryB
     assert len(packs_of(blocker)) == 1
 
 
+def test_where_a_layer_that_a_volume_needs_is_missing_nothing_is_deleted(blocker: MemoryBlocker, node: Sealer) -> None:
+    """Else what its record, restored from a copy, leads to would be gone."""
+    layer = node.seal({0: [1]})
+    volume = new_volume_id()
+    node.catalog.put_volume(
+        VolumeRecord(volume, "snap", Kind.SNAPSHOT, 4096, layer, 4096, None, 0, 0o444, 0, 0, 0, 0, 0), None
+    )
+    record = node.catalog.layer(layer)
+    node.drop(layer)
+    for dry_run in (False, True):
+        with pytest.raises(ObjectMissing, match=f"layer {layer} of snap is not in the store"):
+            node.collector().collect(dry_run=dry_run)
+    node.catalog.put(record.record, layer, None)
+    assert node.collector().collect() == NOTHING
+    assert node.content(layer) == expected({0: [1]})
+
+
+def test_a_seal_that_cuts_chains_short_meanwhile_is_no_missing_layer(blocker: MemoryBlocker, node: Sealer) -> None:
+    """The layers were listed while what the sealed one was merged with was deleted."""
+    low = node.new_layer()
+    high = node.new_layer(low)
+    volume = new_volume_id()
+    node.catalog.put_volume(
+        VolumeRecord(volume, "snap", Kind.SNAPSHOT, 4096, high, 4096, None, 0, 0o444, 0, 0, 0, 0, 0), None
+    )
+
+    class Merging(FaultBlocker):
+        merged = False
+
+        def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+            listed = list(super().list_records(kind))
+            if kind == "layer" and not self.merged:
+                self.merged = True
+                node.seal({0: [1]}, layer=high)
+                node.drop(low)
+                listed = [each for each in listed if low not in each[0]]
+            yield from listed
+
+    merging = Merging(blocker)
+    assert Collector(type(node.catalog)(merging), merging, node.store, NODE).collect().packs == 0
+    assert node.content(high) == expected({0: [1]})
+
+
+def test_a_pack_of_a_later_format_is_not_taken_for_a_damaged_one(blocker: MemoryBlocker, node: Sealer) -> None:
+    node.seal({0: [1]})
+    (pack,) = packs_of(blocker)
+    later = bytearray(blocker.get(f"pack/{pack}"))
+    later[8:12] = (2).to_bytes(4, "little")
+    blocker.put(f"pack/{'e' * 64}", bytes(later))
+    blocker.put(f"pack/{'f' * 64}", b"nonsense" * 1024)
+    assert node.collector().collect(unreadable=True).packs == 1
+    assert set(packs_of(blocker)) == {pack, "e" * 64}
+
+
+class FullBlocker(FaultBlocker):
+    """A store that takes no more packs, and no records but for what is kept back."""
+
+    def __init__(self, inner: MemoryBlocker, records: int) -> None:
+        super().__init__(inner)
+        self.records = records
+        """How many it still takes."""
+        self.kept_back = 50
+
+    def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
+        raise StoreFull("no room for a pack; wanted by the test")
+
+    def put_record(self, key: str, value: bytes, expected: int | None) -> int:
+        if not self.records:
+            raise StoreFull("no room for a record; wanted by the test")
+        self.records -= 1
+        return super().put_record(key, value, expected)
+
+    def relieve(self) -> bool:
+        self.records, self.kept_back = self.records + self.kept_back, 0
+        return self.records > 0
+
+
+@pytest.mark.parametrize("records", range(8))
+def test_a_full_store_can_be_emptied(records: int, blocker: MemoryBlocker, tmp_path: Path) -> None:
+    """There is no room to copy what some packs are needed for still; what is dead goes all the same."""
+    with sealer(blocker, tmp_path / "before") as node:
+        lost = node.seal({0: list(range(16))})
+        kept = node.seal({5: [3]})
+        node.drop(lost)
+        node.drop(node.seal(MUCH))
+    full = FullBlocker(blocker, records)
+    before = packs_of(blocker)
+    with sealer(full, tmp_path / "after") as node:
+        done = node.collector().collect()
+        assert len(packs_of(blocker)) < len(before)
+        assert done.kept.get(FULL, 0) == (1 if full.kept_back else 0)
+        assert node.content(kept) == expected({5: [3]})
+    with sealer(blocker, tmp_path / "later") as node:
+        assert node.collector().collect().repacked == 1, "now there is room"
+        assert node.content(kept) == expected({5: [3]})
+
+
+def test_a_store_that_stays_full_says_so(blocker: MemoryBlocker, tmp_path: Path) -> None:
+    with sealer(blocker, tmp_path / "before") as node:
+        node.drop(node.seal({0: [1]}))
+    full = FullBlocker(blocker, 0)
+    full.kept_back = 0
+    with sealer(full, tmp_path / "after") as node, pytest.raises(StoreFull):
+        node.collector().collect()
+
+
 def test_packs_of_sessions_of_this_process_stay(blocker: MemoryBlocker, node: Sealer) -> None:
     hit = node.seal({0: [1]})
     data = expected({0: [1]})[0][0]
@@ -351,6 +460,39 @@ def test_a_collector_that_was_taken_for_dead_deletes_nothing_more(blocker: Memor
     found = node.catalog.get(GcRecord, "lock")
     assert found is not None
     assert found.record.node == OTHER_NODE, "it is not given back by who lost it"
+
+
+def test_what_a_collector_condemns_that_was_taken_for_dead_is_not_deleted_by_the_next(
+    blocker: MemoryBlocker, tmp_path: Path
+) -> None:
+    """Nobody has waited for the intents of those who looked before it was condemned."""
+    with sealer(blocker, tmp_path / "a") as one, sealer(blocker, tmp_path / "b") as two:
+        one.drop(one.seal({0: [1, 2]}))
+        (late,) = packs_of(blocker)
+        one.drop(one.seal({9: [7]}))
+
+        class Late(FaultBlocker):
+            """Condemns a pack when the other has marked for the second time."""
+
+            marked = 0
+
+            def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+                self.marked += kind == "condemned"
+                if self.marked == 2 and kind == "condemned":
+                    two.catalog.put(CondemnedRecord(PackId(late), OTHER_NODE, 0), late, None)
+                yield from super().list_records(kind)
+
+        class Hidden(Collector):
+            """Finds the pack in use here when it looks first."""
+
+            def _is_ours_to_take(self, use: PackUse, kept: Counter[str]) -> bool:
+                return use.pack != late and super()._is_ours_to_take(use, kept)
+
+        stepped = Late(blocker)
+        collector = Hidden(type(one.catalog)(stepped), stepped, one.store, NODE, intent_seconds=0)
+        assert collector.collect().packs == 1
+        assert stepped.marked >= 2
+        assert list(packs_of(blocker)) == [late]
 
 
 # Intents

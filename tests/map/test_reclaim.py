@@ -1,8 +1,10 @@
 """What is swept, and what never is, whoever else is at work."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import msgspec
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.blockers.contract import Record
+from archipfs.blockers.fault import FaultBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
 from archipfs.map import mapper as mapper_module
-from archipfs.map.catalog import children_first
+from archipfs.map.catalog import Catalog, children_first
 from archipfs.map.check import Severity
 from archipfs.map.locks import Node
 from archipfs.map.mapper import Attributes, Mapper, bitmap_key, create_store, data_key
@@ -379,3 +382,46 @@ def test_a_layer_handed_from_a_volume_to_a_new_snapshot_while_volumes_are_listed
     store.meanwhile = roll_back
     mapper.reclaim()
     assert volume.layer in layers_of(mapper)
+
+
+def test_a_layer_that_somebody_is_about_to_seal_goes_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record changes under the hands of who deletes it, and that is nobody's trouble."""
+    mapper = world.mapper()
+    layer = new_layer(mapper)
+    delete = Catalog.delete
+
+    def shows_intent_first(self: Catalog, kind: type[LayerRecord], ident: str, expected: int) -> None:
+        monkeypatch.undo()
+        self.put(msgspec.structs.replace(self.layer(layer).record, sealing="token"), layer, expected)
+        delete(self, kind, ident, expected)
+
+    monkeypatch.setattr(Catalog, "delete", shows_intent_first)
+    assert mapper.reclaim().layers == 1
+    assert layers_of(mapper) == set()
+
+
+def test_two_sweeps_at_once_take_nothing_that_is_being_made(world: World) -> None:
+    """As ``archip gc`` beside recovery: the second one to begin does not have the first forget what is pending."""
+
+    class Twice(FaultBlocker):
+        begun = False
+
+        def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+            if kind == "layer" and not self.begun:
+                self.begun = True
+                other.start()
+                other.join(0.2)
+                made.append(stack.enter_context(mapper.new_layer(None, 0)).id)
+            yield from super().list_records(kind)
+
+    made: list[LayerId] = []
+    mapper = world.mapper(Twice(world.store))
+    garbage = new_layer(mapper)
+    other = Thread(target=mapper.reclaim)
+    with ExitStack() as stack:
+        mapper.reclaim()
+        other.join()
+        assert layers_of(mapper) == set(made)
+    assert garbage not in layers_of(mapper)

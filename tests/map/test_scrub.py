@@ -406,6 +406,20 @@ def test_a_page_is_mended_before_what_it_leads_to(patient: Patient, tmp_path_fac
         assert_mended(patient, node, patient.packs[0])
 
 
+@pytest.mark.timeout(60)
+def test_a_page_that_makes_no_sense_is_not_mended_for_ever(patient: Patient) -> None:
+    """It is there, as its digest says: whoever made it was wrong, or knew more than we do."""
+    with patient.opened() as node:
+        node.store.refresh()
+        layer = patient.layers["snap"]
+        leaf = Tree(node.store.page, node.root(layer)).leaf(300)
+        assert leaf is not None
+        found = node.catalog.layer(layer)
+        node.catalog.put(msgspec.structs.replace(found.record, sealed=Sealed(leaf.hex(), 0, 0)), layer, found.version)
+        done = repair(node.catalog, node.store, [Elsewhere("default", patient.blocker, node.store)], MASK_BITS)
+        assert (done.mended, done.lost) == (0, 1)
+
+
 def damage_head(patient: Patient, pack: PackId) -> None:
     data = bytearray(patient.blocker.get(f"pack/{pack}"))
     data[40] ^= 1
