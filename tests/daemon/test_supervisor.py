@@ -348,10 +348,13 @@ def test_a_new_daemon_that_fails_leaves_the_mount_served(supervise: Supervise, l
     supervised = supervise(FIRST, life, RESUMED)
     old = supervised.wait_for("ready")
     answer = supervised.ask_for_upgrade()()
-    assert "exit code 3" in answer["error"]
     if "standby" in life:
-        supervised.wait_for("ready", 2)
+        # The old one may have handed over before anybody saw that the new one has ended: then it is an upgrade all the
+        # same, to one more that is started.
+        third = supervised.wait_for("ready", 2)
+        assert answer.get("new") == third or "exit code 3" in answer["error"]
     else:
+        assert "exit code 3" in answer["error"]
         assert process_lives(old)
     supervised.process.terminate()
     assert supervised.ended() == 0

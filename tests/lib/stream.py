@@ -58,6 +58,14 @@ class Stream:
         with self._turn:
             self.durable = max(self.durable, covered)
 
+    def repeat(self, descriptor: int) -> None:
+        """The last write once more: what nobody acknowledged may be there in part, sector by sector."""
+        with self._turn:
+            slot = self.place(self.issued)
+            data = self.stamps(slot, self.issued)
+            assert os.pwrite(descriptor, data, self.offset + slot * self.slot_bytes) == len(data)
+            self.acknowledged = self.issued
+
     def restart(self, found: int) -> None:
         """Go on behind a crash that left the first ``found`` writes, all of which are durable by now."""
         self.issued = self.acknowledged = self.durable = found
