@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from archipfs.blockers.contract import DataObject, VersionPaths
@@ -25,6 +26,7 @@ Buffer = bytes | bytearray | memoryview
 _allocate = ffi.new_allocator(should_clear_after_alloc=False)
 
 
+@lru_cache(maxsize=1024)
 def _id_bytes(text: str) -> bytes:
     try:
         return uuid.UUID(text).bytes
