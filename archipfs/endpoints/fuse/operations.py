@@ -569,7 +569,10 @@ class VolumeOperations(pyfuse3.Operations):
         entry.st_size = record.size
         if stored_bytes is None:
             stored_bytes = self._composer.stored_bytes(found)
-        entry.st_blocks = stored_bytes // BLOCK_BYTES
+        # Programs (tar --sparse) take a file without any blocks for a hole and do not look: what a volume shows may be
+        # its parents'.
+        least_bytes = SECTOR_BYTES if record.size else 0
+        entry.st_blocks = max(stored_bytes, least_bytes) // BLOCK_BYTES
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = record.atime_ns, record.mtime_ns, record.ctime_ns
         return entry
 
