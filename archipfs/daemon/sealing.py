@@ -78,14 +78,16 @@ class BackgroundSealing:
             }
             for mapper in self._composer.mappers.values()
         }
+        # Those who have a volume open elsewhere would, on NFS, lose the objects that go when a layer is sealed.
+        elsewhere = {mapper.backend: mapper.layers_open_elsewhere() for mapper in self._composer.mappers.values()}
         for found in self._composer.volumes():
             if found.record.id in self._left_alone:
                 continue
             layers = unsealed[found.mapper.backend]
             try:
-                if self._is_idle(found):
+                if self._is_idle(found) and not self._has_any(found, elsewhere[found.mapper.backend]):
                     yield found, True
-                elif self._is_old(found, layers):
+                elif self._is_old(found, layers) and not self._has_any(found, elsewhere[found.mapper.backend]):
                     yield found, False
             except NotFound:
                 continue  # removed since
@@ -110,6 +112,10 @@ class BackgroundSealing:
         if frozen.node != found.mapper.node.id:
             wanted += FOREIGN_SECONDS
         return _age_seconds(since_ns) >= wanted
+
+    def _has_any(self, found: Found, layers: set[LayerId]) -> bool:
+        """Whether its chain has one of these."""
+        return bool(layers) and any(layer.id in layers for layer in found.mapper.catalog.chain(found.record.layer))
 
     def _is_idle(self, found: Found) -> bool:
         """Whether it is a volume that was not written for so long that what it holds is to be sealed."""

@@ -50,6 +50,11 @@ class Locks:
         locks = (found.record for _, found in self._catalog.list(LockRecord, skip_damaged=True))
         return {lock.volume for lock in locks if self.is_ours(lock) and hold in lock.holds}
 
+    def held_elsewhere(self) -> set[VolumeId]:
+        """The volumes whose lock another node has."""
+        locks = (found.record for _, found in self._catalog.list(LockRecord, skip_damaged=True))
+        return {lock.volume for lock in locks if lock.node is not None and not self.is_ours(lock)}
+
     def take(self, volume: VolumeId, hold: Hold, *, called: str) -> LockRecord:
         """Hold the lock for the reason ``hold`` too; nothing changes if we do already.
 

@@ -285,6 +285,16 @@ class Mapper:
         finally:
             bitmap.close()
 
+    def layers_open_elsewhere(self) -> set[LayerId]:
+        """Those under volumes whose locks other nodes have. Chains with a layer missing end there."""
+        layers: set[LayerId] = set()
+        for volume in self.locks.held_elsewhere():
+            found = self.catalog.get(VolumeRecord, volume)
+            if found is not None:
+                with suppress(ObjectMissing):
+                    layers.update(layer.id for layer in self.catalog.chain(found.record.layer))
+        return layers
+
     def limit_parent(self, layer: LayerId, parent_visible: int) -> None:
         """Have at most ``parent_visible`` bytes of the parent shine through, for good."""
         while True:

@@ -118,6 +118,20 @@ def test_what_another_node_made_is_left_to_it_for_an_hour(tmp_path: Path, monkey
     assert state(ours) == "sealed"
 
 
+def test_what_lies_under_a_volume_that_another_node_has_open_is_left_alone(tmp_path: Path) -> None:
+    world = World(tmp_path / "nodes")
+    ours, others = world.composer(), world.composer(host="two")
+    ours.create("vm", 8 * REGION_BYTES)
+    fill(ours, "vm", pattern(1, 4))
+    ours.snapshot("vm", "snap")
+    ours.clone("snap", "copy")
+    with others.using(others.find("copy")):
+        in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+        assert state(ours) == "frozen"
+    in_background(BackgroundSealing(ours, AT_ONCE).seal_what_is_due)
+    assert state(ours) == "sealed"
+
+
 def test_it_takes_no_room_that_volumes_may_need(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives space back only in the end; what it has stored when the store is full helps nobody."""
     total, rest = 1 << 30, 8 * REGION_BYTES
