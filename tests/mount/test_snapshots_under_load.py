@@ -26,6 +26,7 @@ SLOTS = 96
 SNAPSHOTS = 20
 WRITES_BETWEEN = 40
 FLUSH_EVERY = 50
+SEALED = 8
 
 
 def writer(path: Path, stream: Stream, flags: int) -> Task:
@@ -101,6 +102,45 @@ def test_snapshots_of_snapshotted_clones_under_load(mount: Instance) -> None:
                 into[path] = list(zip(at_least, [stream.issued for stream in written], strict=True))
     expect(taken, streams)
     expect(taken_apart, apart)
+
+
+def test_two_seals_a_collection_and_writers_at_once(mount: Instance) -> None:
+    """Snapshots come, are sealed two at a time, and go, so that there is garbage, which is collected all the time."""
+    volumes = [create(mount.path / name, VOLUME_BYTES) for name in ("vm1", "vm2")]
+    written = {volume: streams_of(VOLUME_BYTES, 2, SLOTS, (512, SECTOR_BYTES)) for volume in volumes}
+    taken: dict[Path, dict[Path, Bounds]] = {volume: {} for volume in volumes}
+    collected: list[int] = []
+
+    def collect(stop: threading.Event) -> None:
+        while not stop.is_set():
+            collected.extend(done["packs"] for done in mount.call("gc"))
+
+    def take_seal_and_remove(volume: Path) -> Task:
+        def task(stop: threading.Event) -> None:
+            for number in range(SEALED):
+                wait_for_writes(written[volume], WRITES_BETWEEN)
+                at_least = [stream.acknowledged for stream in written[volume]]
+                path = mount.snapshot(volume.name, f"{volume.name}-{number}")
+                at_most = [stream.issued for stream in written[volume]]
+                taken[volume][path] = list(zip(at_least, at_most, strict=True))
+                mount.call("volume-seal", name=path.name)
+                if number % 3:
+                    mount.call("volume-remove", name=path.name)
+                    del taken[volume][path]
+
+        return task
+
+    writers = [writer(volume, stream, os.O_DIRECT) for volume in volumes for stream in written[volume]]
+    with (
+        threads([*writers, collect], seconds=60),
+        threads([take_seal_and_remove(each) for each in volumes], seconds=60),
+    ):
+        pass
+    assert sum(collected), "there was no garbage"
+    for volume in volumes:
+        expect(taken[volume], written[volume])
+        for stream in written[volume]:
+            stream.expect_prefix(read_all(volume), stream.acknowledged, stream.issued)
 
 
 def wait_for_writes(streams: list[Stream], count: int) -> None:
