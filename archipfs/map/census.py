@@ -8,7 +8,7 @@ Memory: 4 bytes a marked digest and 1 byte an entry of the packs, beside one pac
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def take_census(
             for entry in numpy.flatnonzero(marked & ~live)
         )
     counted = [use.pack for use in uses]
-    for each in _without_copy(contested, counted, holder, damage, index_of):
+    for each in _without_better_copy(contested, counted, holder, damage, index_of):
         uses[each.pack].live[each.entry] = True
         uses[each.pack].live_bytes += each.stored_bytes
     return {use.pack: use for use in uses}
@@ -114,26 +114,27 @@ class _Contested(NamedTuple):
     whole: bool
 
 
-def _without_copy(
+def _without_better_copy(
     contested: list[_Contested],
     packs: list[PackId],
     holder: _Numbers,
     damage: Mapping[PackId, Set[Digest]],
     index_of: Callable[[PackId], PackIndex | None],
-) -> Iterator[_Contested]:
-    """Those that are needed where they are: their pack's equal has only the first bytes in common, or there is none."""
+) -> Collection[_Contested]:
+    """The best copy of each digest that the pack holding its mark has no whole copy of: only the first bytes are the
+    same there, or no pack holds the mark, since every copy is damaged."""
     by_holder: dict[int, list[_Contested]] = defaultdict(list)
-    for each in sorted(contested, key=lambda each: not each.whole):
-        if holder[each.mark] == _NOBODY:
-            holder[each.mark] = each.pack
-            yield each
-        elif holder[each.mark] == each.pack:
-            yield each
-        else:
-            by_holder[int(holder[each.mark])].append(each)
+    for each in contested:
+        by_holder[int(holder[each.mark])].append(each)
+    best: dict[Digest, _Contested] = {}
     for number, waiting in by_holder.items():
-        bad = damage.get(packs[number], frozenset())
-        index = index_of(packs[number])
-        held = set() if index is None else {entry.digest for entry in index.entries}
-        # A damaged copy stands for another damaged one only where no whole one was found.
-        yield from (each for each in waiting if each.digest not in held or (each.whole and each.digest in bad))
+        held: Set[Digest] = frozenset()
+        if number != _NOBODY and (index := index_of(packs[number])) is not None:
+            held = {entry.digest for entry in index.entries} - damage.get(packs[number], frozenset())
+        for each in waiting:
+            if each.digest in held:
+                continue
+            known = best.setdefault(each.digest, each)
+            if (not each.whole, each.pack) < (not known.whole, known.pack):
+                best[each.digest] = each
+    return best.values()

@@ -74,6 +74,17 @@ def test_every_needed_digest_is_live_somewhere_and_in_the_place_that_the_rule_sa
                 assert chosen == [best]
 
 
+def test_of_damaged_copies_the_first_counts_though_a_later_pack_holds_another_digest_of_the_same_prefix() -> None:
+    first, second = PackId("a"), PackId("b")
+    contents = {first: [17, 1], second: [17, 1]}
+    damage = {first: frozenset({digest_of(17), digest_of(1)}), second: frozenset({digest_of(17)})}
+    marks = Marks()
+    marks.add(prefixes([digest_of(1)]))
+    uses = take_census(contents, (), damage, marks.sorted(), lambda pack: index_of(pack, contents[pack]))
+    assert list(uses[first].live) == [True, False]
+    assert list(uses[second].live) == [False, True]
+
+
 def test_nothing_marked_is_nothing_live() -> None:
     pack = PackId("a")
     uses = take_census([pack], (), {}, Marks().sorted(), lambda _: index_of(pack, [1, 2]))
