@@ -72,6 +72,10 @@ class StoreUnavailable(StoreError):
     """The store cannot be reached, or did not answer in time."""
 
 
+class ShutOut(StoreError):
+    """The store takes nothing from this process any more, since somebody has broken a lock that it had."""
+
+
 class ObjectMissing(StoreError):
     """An object that something refers to is not in the store."""
 

@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from archipfs.errors import InvalidInput
+from archipfs.errors import InvalidInput, NotSupported
 
 KEY_BYTES_MAX = 200
 KEY_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*/[a-z0-9][a-z0-9.-]*")
@@ -124,6 +124,14 @@ class DataObject(ABC):
         """A file descriptor that means the same object, for the engine to use directly, or ``None``."""
         return None
 
+    def native(self) -> int | None:
+        """The address of a ``struct ae_object`` (object.h) that means the same object, for the engine to call without
+        coming through Python, or ``None``.
+
+        What stands there is copied at once, and its ``close`` called once, whatever happens to this object.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Let go of it, without making anything durable. Closing twice is allowed."""
@@ -177,8 +185,8 @@ class Blocker(ABC):
         """An empty data object, durable in its emptiness. ``AlreadyExists`` if there is one."""
 
     @abstractmethod
-    def open_data(self, key: str, *, writable: bool) -> DataObject:
-        """Open one that exists."""
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
+        """Open one that exists. ``claim``: under which it is written, see :meth:`claim`."""
 
     @abstractmethod
     def delete_data(self, key: str) -> None:
@@ -222,6 +230,48 @@ class Blocker(ABC):
         """How to see with two system calls that the record is still at that version; ``None`` where the driver has no
         such way."""
         return None
+
+    # Claims: how a store that knows its clients shuts one out
+
+    @property
+    def shuts_out(self) -> bool:
+        """Whether claims mean anything here. Where they do not, the calls on them do nothing."""
+        return False
+
+    def claim(self, key: str, owner: str) -> None:  # noqa: B027  # a store without clients has nothing to do
+        """Say that ``owner`` changes, from this process, what the record ``key`` is the lock of.
+
+        Called once the record says that we are that owner; so whoever else has it claimed, another owner or this one's
+        process of before, is not any more, and is shut out first. Claiming again what we have changes nothing. Raises
+        ``StoreUnavailable``: nobody knows whether it is claimed, and it may be claimed again or given up.
+        """
+
+    def disclaim(self, key: str) -> None:  # noqa: B027
+        """Give the claim up, if we have it. Calls under way on what was opened under it fail."""
+
+    def shut_out(self, key: str) -> None:  # noqa: B027
+        """From its return on, nothing that those who have it claimed have sent or will send has any effect.
+
+        They lose all that they have claimed in this store, and get it back by :meth:`reconnect`. Nothing happens to us:
+        if it is we who have it, that is ``InvalidInput``.
+        """
+
+    @property
+    def is_shut_out(self) -> bool:
+        """Whether somebody has shut us out. Then every call raises ``ShutOut``, except calls on data objects that were
+        opened under a claim: those wait until it is claimed anew, or given up, and fail with EIO in the latter case."""
+        return False
+
+    def reconnect(self) -> "Blocker":
+        """The same store by a new client of it, without any claims, beside this one, which stays as it is.
+
+        For whoever was shut out to see what he still has a right to. :meth:`adopt` ends it.
+        """
+        raise NotSupported(f"{self.describe()} never shuts anybody out; this is a bug, please report it")
+
+    def adopt(self, successor: "Blocker") -> None:
+        """Go on as ``successor``, which ``reconnect`` returned. Claims are still to be made anew, or given up."""
+        raise NotSupported(f"{self.describe()} never shuts anybody out; this is a bug, please report it")
 
     # The whole
 

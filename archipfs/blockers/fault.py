@@ -218,8 +218,8 @@ class FaultBlocker(Blocker):
     def create_data(self, key: str) -> DataObject:
         return _FaultDataObject(self, key, self.call(f"create_data {key}", lambda: self._inner.create_data(key)))
 
-    def open_data(self, key: str, *, writable: bool) -> DataObject:
-        data = self.ask(f"open_data {key}", lambda: self._inner.open_data(key, writable=writable))
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
+        data = self.ask(f"open_data {key}", lambda: self._inner.open_data(key, writable=writable, claim=claim))
         return _FaultDataObject(self, key, data)
 
     def delete_data(self, key: str) -> None:

@@ -559,7 +559,7 @@ class FileBlocker(Blocker):
                 raise
         return FileDataObject(fd, path)
 
-    def open_data(self, key: str, *, writable: bool) -> DataObject:
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
         _, path = self._data_path(key)
         with _errors_as(f"opening {path}"):
             return FileDataObject(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC), path)

@@ -222,7 +222,7 @@ class MemoryBlocker(Blocker):
             content = self._data[key] = _Sparse()
         return MemoryDataObject(content, key, writable=True)
 
-    def open_data(self, key: str, *, writable: bool) -> DataObject:
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
         check_key(key)
         with self._lock:
             content = self._data.get(key)

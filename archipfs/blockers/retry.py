@@ -108,8 +108,8 @@ class RetryBlocker(Blocker):
 
         return _RetryDataObject(self._policy.run(action), self._policy)
 
-    def open_data(self, key: str, *, writable: bool) -> DataObject:
-        data = self._policy.run(lambda _: self._inner.open_data(key, writable=writable))
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
+        data = self._policy.run(lambda _: self._inner.open_data(key, writable=writable, claim=claim))
         return _RetryDataObject(data, self._policy)
 
     def delete_data(self, key: str) -> None:
@@ -157,6 +157,31 @@ class RetryBlocker(Blocker):
 
     def version_paths(self, key: str, version: int) -> VersionPaths | None:
         return self._inner.version_paths(key, version)
+
+    # Claims
+
+    @property
+    def shuts_out(self) -> bool:
+        return self._inner.shuts_out
+
+    def claim(self, key: str, owner: str) -> None:
+        self._policy.run(lambda _: self._inner.claim(key, owner))
+
+    def disclaim(self, key: str) -> None:
+        self._policy.run(lambda _: self._inner.disclaim(key))
+
+    def shut_out(self, key: str) -> None:
+        self._policy.run(lambda _: self._inner.shut_out(key))
+
+    @property
+    def is_shut_out(self) -> bool:
+        return self._inner.is_shut_out
+
+    def reconnect(self) -> Blocker:
+        return RetryBlocker(self._policy.run(lambda _: self._inner.reconnect()), self._policy)
+
+    def adopt(self, successor: Blocker) -> None:
+        self._inner.adopt(successor._inner if isinstance(successor, RetryBlocker) else successor)
 
     # The whole
 
@@ -209,6 +234,9 @@ class _RetryDataObject(DataObject):
 
     def fileno(self) -> int | None:
         return self._inner.fileno()
+
+    def native(self) -> int | None:
+        return self._inner.native()
 
     def close(self) -> None:
         self._inner.close()

@@ -452,11 +452,11 @@ def test_opening_looks_again_when_a_layer_was_sealed_in_between(world: World) ->
     class SealsFirst(FaultBlocker):
         """Seals the layer when somebody has read its record and is about to open its objects."""
 
-        def open_data(self, key: str, *, writable: bool) -> DataObject:
+        def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
             if not sealed_in_between:
                 sealed_in_between.append(key)
                 composer.seal("snap")
-            return super().open_data(key, writable=writable)
+            return super().open_data(key, writable=writable, claim=claim)
 
     reader = world.composer(SealsFirst(world.store), host="two")
     assert content_of(reader, "snap") == content

@@ -11,9 +11,11 @@ from cffi import FFI
 
 HERE = Path("archipfs/compose/engine")
 """Relative to the root of the source tree, where setuptools runs: its file lists may not hold absolute paths."""
+OBJECT = Path("archipfs/blockers/object.h")
+"""The contract between drivers and engine."""
 
 SOURCES = sorted(HERE.glob("*.c"))
-HEADERS = sorted(HERE.glob("*.h"))
+HEADERS = [OBJECT, *sorted(HERE.glob("*.h"))]
 
 CONSTANTS = """
 #define AE_SECTOR_BYTES ...
@@ -43,9 +45,9 @@ extern "Python" {
 
 
 def declarations() -> str:
-    """``engine.h`` without its preprocessor lines."""
-    header = re.sub(r"^#.*\n", "", (HERE / "engine.h").read_text(), flags=re.MULTILINE)
-    return CONSTANTS + header + CALLBACKS
+    """``object.h`` and ``engine.h`` without their preprocessor lines."""
+    headers = OBJECT.read_text() + (HERE / "engine.h").read_text()
+    return CONSTANTS + re.sub(r"^#.*\n", "", headers, flags=re.MULTILINE) + CALLBACKS
 
 
 ffibuilder = FFI()
@@ -55,7 +57,7 @@ ffibuilder.set_source(
     '#include "engine.h"\n',
     sources=[str(path) for path in SOURCES],
     depends=[str(path) for path in HEADERS],
-    include_dirs=[str(HERE)],
+    include_dirs=[str(HERE), str(OBJECT.parent)],
     libraries=["pthread"],
     extra_compile_args=["-O2", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra"],
 )

@@ -10,6 +10,8 @@
 #ifndef ARCHIPFS_ENGINE_H
 #define ARCHIPFS_ENGINE_H
 
+#include "object.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -23,42 +25,6 @@
 #define AE_REGION_BYTES (UINT64_C(4) << 20)
 #define AE_REGIONS_MAX (AE_SIZE_MAX / AE_REGION_BYTES)
 #define AE_PACK_DAMAGED UINT32_MAX
-
-struct ae_object;
-
-/*
- * A place where bytes lie: a file, a simulated disk that loses what was not flushed, a Python object.
- * The functions may block and may be called from several threads at once.
- */
-struct ae_object_ops {
-    /* Fill the whole buffer; holes and what lies beyond the end are zeros. */
-    int (*pread)(void *ctx, void *buffer, size_t length, uint64_t offset);
-    /* As pread, but -EAGAIN when it would wait for a disk. NULL: always would. */
-    int (*pread_nowait)(void *ctx, void *buffer, size_t length, uint64_t offset);
-    /* As pread, but -EIO where the object ends before. NULL: it takes a look at the size beside each read. */
-    int (*pread_within)(void *ctx, void *buffer, size_t length, uint64_t offset);
-    int (*pwrite)(void *ctx, const void *buffer, size_t length, uint64_t offset);
-    int (*punch)(void *ctx, uint64_t offset, uint64_t length);
-    int (*truncate)(void *ctx, uint64_t size);
-    int (*flush)(void *ctx);
-    int (*size)(void *ctx, uint64_t *size);
-    /* The first offset at or after `offset` that may hold data, that lies in a hole; -ENXIO: none before the end. */
-    int (*next_data)(void *ctx, uint64_t offset, uint64_t *found);
-    int (*next_hole)(void *ctx, uint64_t offset, uint64_t *found);
-    /*
-     * Copy a range of another object to `offset`, as if it had been read and written, but without the bytes coming
-     * here. -EOPNOTSUPP: not between these two, or not now; any part may have been copied then. NULL: never.
-     */
-    int (*copy_from)(void *ctx, uint64_t offset, const struct ae_object *source, uint64_t from, size_t length);
-    void (*close)(void *ctx);
-};
-
-struct ae_object {
-    const struct ae_object_ops *ops;
-    void *ctx;
-    /* What is written to a place for the first time comes in pieces that end on multiples of this; 0: whole. */
-    size_t first_write_bytes;
-};
 
 /* An object over a file descriptor; it keeps a duplicate of `fd`. */
 int ae_object_file(int fd, struct ae_object *object);

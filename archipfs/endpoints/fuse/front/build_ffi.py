@@ -30,8 +30,10 @@ ffibuilder.set_source(
     "archipfs.endpoints.fuse._front",
     '#include "front.h"\n#include <sys/mount.h>\n',
     sources=[str(path) for path in sorted(HERE.glob("*.c"))],
-    depends=[str(path) for path in [*sorted(HERE.glob("*.h")), ENGINE / "engine.h"]],
-    include_dirs=[str(HERE), str(ENGINE)],
+    depends=[
+        str(path) for path in [*sorted(HERE.glob("*.h")), ENGINE / "engine.h", Path("archipfs/blockers/object.h")]
+    ],
+    include_dirs=[str(HERE), str(ENGINE), "archipfs/blockers"],
     libraries=["pthread"],
     extra_compile_args=["-O2", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra"],
 )
