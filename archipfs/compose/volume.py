@@ -305,7 +305,7 @@ class OpenVolume:
             with self.reading() as engine:
                 yield engine
             return
-        frozen = self._freeze_if_written()
+        frozen = self.freeze_if_written()
         # What the layers show is theirs to say: freezing has written down how far the head showed its parent.
         record = msgspec.structs.replace(self.record, layer=frozen.layer, size=frozen.size, visible=VOLUME_BYTES_MAX)
         engine = self._durable_engine(record)
@@ -314,7 +314,8 @@ class OpenVolume:
         finally:
             engine.close(clean=False)
 
-    def _freeze_if_written(self) -> Frozen:
+    def freeze_if_written(self) -> Frozen:
+        """As ``freeze``, but without a new layer where nothing was written since the last snapshot."""
         with self.control:
             engine, below = self.engine, self.mapper.catalog.layer(self.record.layer).record.reads_parent
             size = engine.size

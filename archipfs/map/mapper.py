@@ -154,8 +154,8 @@ class Mapper:
     # Names
 
     @contextmanager
-    def reserve(self, name: str) -> Iterator[Reservation]:
-        """Take a name for a volume about to be made. Raises ``AlreadyExists``.
+    def reserve(self, name: str, volume: VolumeId | None = None) -> Iterator[Reservation]:
+        """Take a name for a volume about to be made, with a new id unless it has one. Raises ``AlreadyExists``.
 
         Left without ``publish``, the name resolves to nothing and is free again.
         """
@@ -165,7 +165,7 @@ class Mapper:
                 raise AlreadyExists(f"{name} is just being made by somebody else; choose another name")
             self._reserved.add(name)
         try:
-            volume = new_volume_id()
+            volume = volume or new_volume_id()
             yield Reservation(name, volume, self._claim(name, volume))
         finally:
             with self._mutex:
@@ -257,15 +257,22 @@ class Mapper:
             yield record
 
     @contextmanager
-    def bare_layer(self) -> Iterator[LayerRecord]:
-        """As ``new_layer``, but it has no objects, since it is about to be sealed with what is in packs already."""
-        with self._pending_layer(None, 0) as record:
+    def bare_layer(self, original: LayerId | None = None) -> Iterator[LayerRecord]:
+        """As ``new_layer``, but it has no objects, since it is about to be sealed with what is in packs already.
+
+        ``original``: the layer of another store that it is a copy of.
+        """
+        with self._pending_layer(None, 0, original) as record:
             self.catalog.put(record, record.id, None)
             yield record
 
     @contextmanager
-    def _pending_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
-        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns())
+    def _pending_layer(
+        self, parent: LayerId | None, parent_visible: int, original: LayerId | None = None
+    ) -> Iterator[LayerRecord]:
+        record = LayerRecord(
+            new_layer_id(), parent, parent_visible, self.node.id, time.time_ns(), original=original
+        )
         with self._mutex:
             self._pending.add(record.id)
             self._pending_since_reclaim.add(record.id)
