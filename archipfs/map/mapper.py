@@ -127,7 +127,7 @@ class Mapper:
         self.backend = backend
         self.blocker = blocker
         self.catalog = Catalog(blocker)
-        self.locks = Locks(self.catalog, node)
+        self.locks = Locks(blocker, node)
         self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
@@ -270,9 +270,7 @@ class Mapper:
     def _pending_layer(
         self, parent: LayerId | None, parent_visible: int, original: LayerId | None = None
     ) -> Iterator[LayerRecord]:
-        record = LayerRecord(
-            new_layer_id(), parent, parent_visible, self.node.id, time.time_ns(), original=original
-        )
+        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns(), original=original)
         with self._mutex:
             self._pending.add(record.id)
             self._pending_since_reclaim.add(record.id)
