@@ -1,4 +1,4 @@
-"""``tools/ceph-dev``: a cluster that is made, stopped, killed and started again without losing a byte, and taken away."""
+"""``tools/ceph-dev``: a cluster is made, stopped, killed and started again without losing a byte, and taken away."""
 
 import os
 import signal
