@@ -65,6 +65,8 @@ class OpenVolume:
         self._lease: LockRecord | None = None
         self._lock_version: int | None = None
         """At which the lock's record was seen to be as we left it."""
+        self._replica: VolumeRecord | None = None
+        """As it was when it was opened, if it was a replica."""
         self._guard_mutex = threading.Lock()
         self._fenced = False
         self._may_be_cut = True
@@ -135,6 +137,10 @@ class OpenVolume:
             try:
                 # Only now is the record ours alone to change.
                 record = self.mapper.catalog.volume(self.id).record
+                replica = record
+                if record.replica_of is not None:
+                    # Before anything is read: whoever copies to it does so only as long as it is a replica.
+                    record = self.mapper.change(self.id, _of_its_own).record
                 with self._open_chain(lease, record.layer, record.visible) as layers:
                     size = max(record.size, _live_size(layers))
                     engine = EngineVolume(layers, size, writable=True)
@@ -143,6 +149,7 @@ class OpenVolume:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease, self._lock_version = record, lease, None
+            self._replica = replica if replica.replica_of is not None else None
             self._may_be_cut = True
             self._begin(engine)
 
@@ -179,10 +186,17 @@ class OpenVolume:
         try:
             self._flush(engine, lease)
             self._commit(self.record, engine.size)
+            self._be_replica_again()
             clean = True
         finally:
             engine.close(clean=clean)
         self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
+
+    def _be_replica_again(self) -> None:
+        """Nobody has written to it: it still holds what its original did."""
+        was, now = self._replica, self.record
+        if was is not None and (was.layer, was.size) == (now.layer, now.size) and self.head_is_empty():
+            self._change(replica_of=was.replica_of)
 
     def abandon(self) -> None:
         """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
@@ -613,6 +627,10 @@ class OpenVolume:
                 self._fence(self._engine)
             raise
         self._renew_guard()
+
+
+def _of_its_own(record: VolumeRecord) -> VolumeRecord:
+    return msgspec.structs.replace(record, replica_of=None)
 
 
 def _live_size(layers: list[EngineLayer]) -> int:

@@ -80,7 +80,7 @@ class Volumes:
         check_name(name)
         for mapper in self._mappers.values():
             found = mapper.find(name)
-            if found is not None:
+            if found is not None and not self.is_hidden(mapper, found.record):
                 return Found(mapper, self._as_open(found.record))
         raise NotFound(f"no volume is called {name}; see `archip volume-list`")
 
@@ -90,11 +90,28 @@ class Volumes:
         record = opened.present_record() if opened is not None else None
         if opened is not None and record is not None:
             return Found(opened.mapper, record)
+        found = self._stored(volume)
+        if found is None:
+            raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+        return found
+
+    def _stored(self, volume: VolumeId) -> Found | None:
+        """The volume of that id, removed or not, that is no hidden replica; where it lives on if it was moved."""
         for mapper in self._mappers.values():
             found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                return Found(mapper, found.record)
-        raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+            if found is None or found.record.moved_to is not None or self.is_hidden(mapper, found.record):
+                continue
+            return Found(mapper, found.record)
+        return None
+
+    def is_hidden(self, mapper: Mapper, record: VolumeRecord) -> bool:
+        """Whether this volume in ``mapper`` is the replica of one that this node has: nothing resolves to it."""
+        replica = record.replica_of
+        original = next((each for each in self._mappers.values() if replica and each.store.id == replica.store), None)
+        if replica is None or original is None:
+            return False
+        found = original.catalog.get(VolumeRecord, record.id) if replica.arriving else None
+        return found is None or found.record.moved_to != mapper.store.id
 
     def find_again(self, found: Found) -> Found:
         """The volume as it is now. Raises ``NotFound``.
@@ -108,7 +125,7 @@ class Volumes:
         seen = set()
         for mapper in self._mappers.values():
             for found in mapper.volumes():
-                if found.record.name not in seen:
+                if found.record.name not in seen and not self.is_hidden(mapper, found.record):
                     seen.add(found.record.name)
                     yield Found(mapper, self._as_open(found.record))
 
@@ -188,14 +205,11 @@ class Volumes:
         ``generation`` is that of the lock it had then, 0 if it had none. If that lock was broken meanwhile, somebody
         else may have written: the volume is fenced, since whoever has it open believes in what was there before.
         """
-        for mapper in self._mappers.values():
-            found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                break
-        else:
+        found = self._stored(volume)
+        if found is None:
             raise NotFound(f"no volume has the id {volume}; it was open, and is gone")
         self._table.awaited.add(volume)
-        opened = self._join(Found(mapper, found.record))
+        opened = self._join(found)
         try:
             with opened.control:
                 if not opened.started:
