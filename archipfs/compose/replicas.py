@@ -117,13 +117,22 @@ class Copier:
         self._pending.close()
 
     def _kept_by_volumes(self) -> Iterator[tuple[LayerId, _Known]]:
+        """By the origin's layers: the target's that are copies of them, or that they are copies of."""
         layers = {found.record.id: found.record for _, found in self.target.catalog.list(LayerRecord)}
+        copied_back = {
+            found.record.original: found.record.id
+            for _, found in self.origin.catalog.list(LayerRecord, skip_damaged=True)
+            if found.record.original in layers
+        }
         for volume in self.target.volumes():
             layer = layers.get(volume.record.layer)
             if layer is not None and layer.sealed is None and layer.parent is not None:
                 layer = layers.get(layer.parent)
-            if layer is not None and layer.original is not None and layer.sealed is not None:
-                yield layer.original, _Known(layer, volume.record)
+            if layer is not None and layer.sealed is not None:
+                known = _Known(layer, volume.record)
+                for original in (layer.original, copied_back.get(layer.id)):
+                    if original is not None:
+                        yield original, known
 
     def lacking(self, volume: VolumeRecord) -> list[LayerRecord]:
         """The layers of the chain of the origin's ``volume`` that the target has no copy of."""
@@ -140,13 +149,10 @@ class Copier:
         )
         self._advance = Advance(progress, self.about_bytes)
 
-    def shown_by(self, head: LayerId) -> LayerId | None:
-        """The origin's layer of which the one below ``head``, an empty head in the target, is a copy."""
-        found = self.target.catalog.get(LayerRecord, head)
-        if found is None or found.record.parent is None:
-            return None
-        below = self.target.catalog.get(LayerRecord, found.record.parent)
-        return below.record.original if below is not None else None
+    def lies_on(self, head: LayerId, layer: LayerId) -> bool:
+        """Whether the layer below ``head``, in the target, shows what the origin's ``layer`` does."""
+        found, known = self.target.catalog.get(LayerRecord, head), self._known.get(layer)
+        return found is not None and known is not None and found.record.parent == known.record.id
 
     def layer(self, layer: LayerId) -> LayerRecord:
         """The target's layer that shows what ``layer`` does, sealed; copied if it is not there.
@@ -161,14 +167,13 @@ class Copier:
     def still_kept(self, layer: LayerId, by: VolumeRecord) -> bool:
         """Whether the copy of ``layer`` is not about to be reclaimed, now that ``by`` leads to it too.
 
-        Whoever reclaims and has not seen ``by`` has seen who kept the layer before, if that is still there.
+        Whoever reclaims and has not seen ``by`` has seen who kept the layer before, if that still does.
         """
         known = self._known[layer]
         if known.via is None or known.via.id == by.id:
             return True
-        try:
-            self.target.still_there(known.via)
-        except NotFound:
+        now = self.target.catalog.get(VolumeRecord, known.via.id)
+        if now is None or now.record.name is None or now.record.layer != known.via.layer:
             del self._known[layer]
             return False
         return True
@@ -369,7 +374,7 @@ class Replicas(Seals):
         if self.is_open(record.id) or copier.origin.locks.holder(record.id) is not None:
             return False
         head = copier.origin.catalog.layer(record.layer).record
-        return head.parent is not None and copier.shown_by(found.record.layer) == head.parent
+        return head.parent is not None and copier.lies_on(found.record.layer, head.parent)
 
     def _would_change(self, copier: Copier, record: VolumeRecord) -> bool:
         return not self._is_same(copier, record)
@@ -399,7 +404,7 @@ class Replicas(Seals):
         if found is None:
             return self._publish(copier, content, wanted)
         record = found.record
-        if wanted.writable and (copier.shown_by(record.layer) != content.layer or record.size != wanted.size):
+        if wanted.writable and (not copier.lies_on(record.layer, content.layer) or record.size != wanted.size):
             layer = copier.layer(content.layer)
             with copier.target.new_layer(layer.id, wanted.size) as head:
                 record = msgspec.structs.replace(wanted, layer=head.id, name=record.name)

@@ -56,6 +56,7 @@ class Volumes:
         self._mappers = mappers
         self._sealed = sealed
         self._default_backend = default_backend
+        self._live_bitmaps = live
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
@@ -64,6 +65,34 @@ class Volumes:
     def add_engine_user(self, user: EngineUser) -> None:
         """Have it told of the engines of all volumes that are opened from now on."""
         self._engine_users.append(user)
+
+    # Backends. Readers go through them at any time: what they go through is replaced and never changed.
+
+    def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
+        """Use one more, in which names are looked for last."""
+        name = mapper.backend
+        self._live = {**self._live, name: self._live_bitmaps.of(mapper.store.id)}
+        self._sealed = {**self._sealed, name: sealed}
+        self._mappers = {**self._mappers, name: mapper}
+
+    def drop_backend(self, name: str) -> tuple[Mapper, SealedStore]:
+        """Use it no more; returns what ``add_backend`` takes. Raises ``Busy`` if a volume of it is open."""
+        mapper = self.mapper(name)
+        with self._table.changed:
+            for volume, opened in self._table.volumes.items():
+                if opened.mapper is mapper:
+                    raise Busy(f"{mapper.catalog.volume(volume).record.name} in backend {name} is open; close it first")
+            if any(mapper.catalog.get(VolumeRecord, volume) for volume in self._table.awaited):
+                raise Busy(f"a volume in backend {name} is open; close it first")
+            self._mappers = {other: each for other, each in self._mappers.items() if other != name}
+            if self._default_backend == name:
+                self._default_backend = next(iter(self._mappers))
+        return mapper, self._sealed[name]
+
+    @property
+    def default_backend(self) -> str:
+        """Where volumes are made when no backend is named."""
+        return self._default_backend
 
     # Looking
 
@@ -128,6 +157,12 @@ class Volumes:
                 if found.record.name not in seen and not self.is_hidden(mapper, found.record):
                     seen.add(found.record.name)
                     yield Found(mapper, self._as_open(found.record))
+
+    def volumes_in(self, backend: str) -> Iterator[Found]:
+        """All that lie in one backend, in no order, also those that no name leads to from here."""
+        mapper = self.mapper(backend)
+        for found in mapper.volumes():
+            yield Found(mapper, found.record if self.is_hidden(mapper, found.record) else self._as_open(found.record))
 
     def open_volumes(self) -> list[OpenVolume]:
         with self._table.changed:

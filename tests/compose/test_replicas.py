@@ -261,13 +261,13 @@ def test_a_sync_that_was_cut_short_is_gone_on_with(world: TwoStores, composer: C
         pass
 
     def stop(done: int, total: int) -> None:
-        if done > 100 * SECTOR_BYTES:
+        if done > 235 * SECTOR_BYTES:
             raise Enough
 
     with pytest.raises(Enough):
         composer.sync("a", "b", progress=stop)
     done = sync(composer)
-    assert done.added_bytes < 200 * SECTOR_BYTES, "nothing was found of what was copied before"
+    assert done.added_bytes < 100 * SECTOR_BYTES, "nothing was found of what was copied before"
     assert see(world.composer(only="b")) == see(composer)
 
 
@@ -311,7 +311,7 @@ def test_a_crash_leaves_each_replica_as_it_was_or_as_it_is_to_be(
             dying.sync("a", "b", progress=unheeded)
         if not blocker.crashed:
             dying.close_all()
-            assert number > 20
+            assert number >= 10
             break
         dying.abandon()
         blocker.bury()
