@@ -7,19 +7,32 @@ Reads, writes and flushes take neither of the two.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from archipfs.compose.control import Control
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ObjectMissing, ReadOnlyVolume, StoreError
+from archipfs.errors import (
+    ArchipError,
+    Fenced,
+    LockHeld,
+    NotFound,
+    ObjectMissing,
+    ReadOnlyVolume,
+    ShutOut,
+    StoreError,
+    StoreUnavailable,
+)
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
+
+STORE_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,7 @@ class OpenVolume:
         self.mapper = mapper
         self.uses = 0
         self.opened_ns = time.time_ns()
-        self.control = threading.RLock()
+        self.control = Control()
         """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
         self._live = live
         self._sealed = sealed
@@ -136,11 +149,13 @@ class OpenVolume:
             lease = self.mapper.locks.take(self.id, Hold.IO, called=self.name)
             try:
                 # Only now is the record ours alone to change.
-                record = self.mapper.catalog.volume(self.id).record
-                replica = record
-                if record.replica_of is not None:
+                before = self.mapper.catalog.volume(self.id).record
+                if before.replica_of is not None:
                     # Before anything is read: whoever copies to it does so only as long as it is a replica.
-                    record = self.mapper.change(self.id, _of_its_own).record
+                    self.mapper.change(self.id, _of_its_own)
+                if lease.broken:
+                    lease = self._put_head_on_broken(lease)
+                record = self.mapper.catalog.volume(self.id).record
                 with self._open_chain(lease, record.layer, record.visible) as layers:
                     size = max(record.size, _live_size(layers))
                     engine = EngineVolume(layers, size, writable=True)
@@ -149,9 +164,23 @@ class OpenVolume:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease, self._lock_version = record, lease, None
-            self._replica = replica if replica.replica_of is not None else None
+            self._replica = before if before.replica_of is not None else None
             self._may_be_cut = True
             self._begin(engine)
+            self._renew_guard()
+
+    def _put_head_on_broken(self, lease: LockRecord) -> LockRecord:
+        """Put an empty head on top of the one that a former owner may still write to, whose lock was broken.
+
+        What arrives late can then be seen, as long as nothing newer was written there, but overwrites nothing.
+        """
+        record = self.mapper.catalog.volume(self.id).record
+        # The old head goes on showing as much of its parent as the volume did, and the new one no more than its size.
+        self.mapper.limit_parent(record.layer, record.visible)
+        with self.mapper.new_layer(record.layer, record.size) as head:
+            fields = {"layer": head.id, "visible": VOLUME_BYTES_MAX}
+            self.mapper.change(self.id, lambda now: _with_head(now, record.layer, **fields))
+        return self.mapper.locks.mended(lease)
 
     def stop(self) -> None:
         """Make everything durable, close the layers, give the lock back, and purge the volume if it was removed.
@@ -433,7 +462,7 @@ class OpenVolume:
         """Whether the record has these values. If the store does not say, the engine takes no more writes, for nobody
         knows what they would be written to."""
         try:
-            found = self.mapper.catalog.volume(self.id).record
+            found = self._record_at_last()
         except ArchipError:
             engine.fail()
             raise
@@ -442,6 +471,20 @@ class OpenVolume:
         self._record = found
         self._renew_guard()
         return True
+
+    def _record_at_last(self) -> VolumeRecord:
+        """The record, as soon as the store says it.
+
+        A store that shuts out keeps what it has, and keeps others out, however long it cannot be reached: then we wait,
+        as do reads and writes. Any other one may have forgotten what was not durable.
+        """
+        while True:
+            try:
+                return self.mapper.catalog.volume(self.id).record
+            except (StoreUnavailable, ShutOut):
+                if self._fenced or not self.mapper.blocker.shuts_out:
+                    raise
+            time.sleep(STORE_RETRY_SECONDS)
 
     def replace_layers(self, layer: LayerId, visible: int, *, request: RequestId | None = None) -> None:
         """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
@@ -521,7 +564,7 @@ class OpenVolume:
                 layer.close()
 
     def verify_lease(self) -> None:
-        """Fence ourselves, and raise ``Fenced``, if the lock was broken."""
+        """Fence ourselves, and raise ``Fenced``, if the lock was broken. Does nothing where the store sees to it."""
         engine, lease = self._engine, self._lease
         if engine is not None and lease is not None:
             self._verify(engine, lease)
@@ -559,6 +602,8 @@ class OpenVolume:
         return self._lease
 
     def _verify(self, engine: EngineVolume, lease: LockRecord) -> None:
+        if self.mapper.blocker.shuts_out:
+            return  # the store takes nothing from us once the lock is broken
         try:
             self._lock_version = self.mapper.locks.verify(lease, called=self.name)
         except Fenced:
@@ -573,10 +618,11 @@ class OpenVolume:
         """
         with self._guard_mutex:
             engine, record, version = self._engine, self._record, self._lock_version
-            if engine is None or record is None or version is None:
+            if engine is None or record is None:
                 return
-            paths = self.mapper.locks.version_paths(self.id, version)
-            if paths is not None:
+            if self.mapper.blocker.shuts_out:
+                engine.guard(None, record.size)
+            elif version is not None and (paths := self.mapper.locks.version_paths(self.id, version)) is not None:
                 engine.guard(paths, record.size)
 
     def _fenced_error(self) -> Fenced:
@@ -584,9 +630,26 @@ class OpenVolume:
 
     def _fence(self, engine: EngineVolume) -> None:
         """Write no more, and read no more either: what we have in memory is not what the volume holds now."""
-        engine.fence()
         self._fenced = True
+        engine.fence()
+        self.mapper.locks.give_up(self.id)
         engine.resume()  # whoever fences while the gate is closed waits, in the next line, for those at the gate
+        self._end()
+
+    def cast_out(self) -> None:
+        """As ``_fence``, by somebody who has not got ``control``: who has it finds every call to fail.
+
+        ``settle_cast_out`` has to follow, with ``control``.
+        """
+        self._fenced = True
+        engine = self._engine
+        if engine is not None:
+            with suppress(ArchipError):  # it is being closed, and that ends now
+                engine.fence()
+        self.mapper.locks.give_up(self.id)
+
+    def settle_cast_out(self) -> None:
+        """Nobody is at work with the volume any more; nor will be in a call of its engine."""
         self._end()
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
@@ -615,13 +678,8 @@ class OpenVolume:
         """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile."""
         head = self.record.layer
 
-        def edit(record: VolumeRecord) -> VolumeRecord:
-            if record.layer != head:
-                raise Fenced(f"{self.name} was changed by another node after our lock was broken; we write no more")
-            return msgspec.structs.replace(record, **fields)
-
         try:
-            self._record = self.mapper.change(self.id, edit).record
+            self._record = self.mapper.change(self.id, lambda record: _with_head(record, head, **fields)).record
         except Fenced:
             if self._engine is not None:
                 self._fence(self._engine)
@@ -631,6 +689,13 @@ class OpenVolume:
 
 def _of_its_own(record: VolumeRecord) -> VolumeRecord:
     return msgspec.structs.replace(record, replica_of=None)
+
+
+def _with_head(record: VolumeRecord, head: LayerId, **fields: object) -> VolumeRecord:
+    """The record with other fields. Raises ``Fenced`` if its head is not ``head``."""
+    if record.layer != head:
+        raise Fenced(f"{record.name} was changed by another node after our lock was broken; we write no more")
+    return msgspec.structs.replace(record, **fields)
 
 
 def _live_size(layers: list[EngineLayer]) -> int:

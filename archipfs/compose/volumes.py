@@ -353,7 +353,7 @@ class Volumes:
 
     @contextmanager
     def _lock_held(self, found: Found, opened: OpenVolume) -> Iterator[None]:
-        if not found.record.writable or (opened.started and opened.owned):
+        if not found.record.writable or (opened.started and opened.owned and not opened.fenced):
             yield
             return
         called = str(found.record.name)
@@ -364,7 +364,7 @@ class Volumes:
             self._refuse_moved(found)
             yield
         finally:
-            if not was_ours and not (opened.started and opened.owned):
+            if not was_ours and not (opened.started and opened.owned and not opened.fenced):
                 found.mapper.locks.give_back(found.record.id, Hold.IO, called=called)
 
     # Helpers

@@ -127,7 +127,7 @@ class Mapper:
         self.backend = backend
         self.blocker = blocker
         self.catalog = Catalog(blocker)
-        self.locks = Locks(self.catalog, node)
+        self.locks = Locks(blocker, node)
         self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()

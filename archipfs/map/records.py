@@ -21,7 +21,8 @@ from archipfs.types import LayerId, PackId, RequestId, VolumeId
 FORMAT_VERSION = 4
 """Version 1 had no ``request`` in a volume's record, and is read as if that were null. Version 2 knew no sealing: no
 ``sealed`` and ``sealing`` in a layer's record, no ``compression`` and ``chunk_sectors`` in the store's. Version 3 knew
-no second backend: no ``replica_of`` and ``moved_to`` in a volume's record, no ``original`` in a layer's."""
+no second backend: no ``replica_of`` and ``moved_to`` in a volume's record, no ``original`` in a layer's; and no nodes
+that read on or write late: no ``since_ns`` in ``sealed``, no ``broken`` in a lock's."""
 _MAGIC = b"archipfs-record"
 _VERSION_PATTERN = re.compile(rb"[1-9][0-9]{0,8}")
 
@@ -97,6 +98,8 @@ class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the map holds, without the holes."""
     added_bytes: int
     """What sealing it added to the store; the rest was there already."""
+    since_ns: int = 0
+    """When that was committed: for a while, others may still read the objects that it was before."""
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,6 +152,8 @@ class LockRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str
     since_ns: int
     holds: tuple[Hold, ...] = ()
+    broken: bool = False
+    """An owner lost it who may still write late. The next one puts a head on top of his before its first write."""
 
 
 class CondemnedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

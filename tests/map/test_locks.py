@@ -7,7 +7,6 @@ import pytest
 
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.errors import Fenced, LockHeld
-from archipfs.map.catalog import Catalog
 from archipfs.map.locks import Locks, Node
 from archipfs.map.records import Hold, LockRecord
 from archipfs.types import VolumeId, new_volume_id
@@ -24,7 +23,7 @@ class Nodes:
         self.one, self.two = self.locks("one"), self.locks("two")
 
     def locks(self, host: str) -> Locks:
-        return Locks(Catalog(self.store), Node(f"node-{host}", host))
+        return Locks(self.store, Node(f"node-{host}", host))
 
 
 @pytest.fixture
@@ -179,7 +178,7 @@ def test_in_every_order_of_their_calls_one_of_two_nodes_wins() -> None:
     for schedule in schedules(every_second(4)):
         nodes = Nodes()
         blocker = SteppedBlocker(nodes.store)
-        one, two = (Locks(Catalog(blocker), Node(host, host)) for host in ("one", "two"))
+        one, two = (Locks(blocker, Node(host, host)) for host in ("one", "two"))
         *outcomes, whole = schedule.run(blocker, partial(take, one), partial(take, two))
         assert sorted(outcome.succeeded for outcome in outcomes) == [False, True]
         if whole:
@@ -192,7 +191,7 @@ def test_breaking_beside_taking_leaves_no_lease_that_is_good_by_mistake() -> Non
         nodes = Nodes()
         first = take(nodes.one)
         blocker = SteppedBlocker(nodes.store)
-        one, two = (Locks(Catalog(blocker), Node(f"node-{host}", host)) for host in ("one", "two"))
+        one, two = (Locks(blocker, Node(f"node-{host}", host)) for host in ("one", "two"))
         taken, broken, whole = schedule.run(blocker, partial(take, one, Hold.LOCKED), partial(two.break_, VOLUME))
         assert taken.succeeded
         assert broken.succeeded
