@@ -10,6 +10,7 @@ crash left behind is recovered before anything else happens to it. Each kind of 
 ``seals``        sealing, import
 ``locking``      locks that people ask for; ours that others break
 ``returning``    being shut out of a store, and coming back
+``replicas``     copies in another backend
 ``recovery``     after a crash, after a removal, and at the end
 ===============  ===========================================================
 """
@@ -18,11 +19,12 @@ from archipfs.compose.changing import Changing, RolledBack
 from archipfs.compose.locking import Locking
 from archipfs.compose.making import Made
 from archipfs.compose.recovery import Recovery
-from archipfs.compose.seals import Imported, Seals
+from archipfs.compose.replicas import Replicas, Synced
+from archipfs.compose.seals import Imported
 from archipfs.compose.volumes import Found
 
-__all__ = ["Composer", "Found", "Imported", "Made", "RolledBack"]
+__all__ = ["Composer", "Found", "Imported", "Made", "RolledBack", "Synced"]
 
 
-class Composer(Seals, Changing, Locking, Recovery):
+class Composer(Replicas, Changing, Locking, Recovery):
     """One for each node."""

@@ -53,7 +53,7 @@ class Recovery(Volumes):
 
     def _purge_removed(self, mapper: Mapper, record: VolumeRecord) -> None:
         opened = self._table.volumes.get(record.id)
-        if opened is not None:
+        if opened is not None and opened.mapper is mapper:
             self._removed_while_open(mapper, opened)
             return
         if record.id in self._table.awaited:
@@ -92,6 +92,8 @@ class Recovery(Volumes):
             return
         for found in [Found(mapper, each.record) for each in mapper.volumes()]:
             record = found.record
+            if self.is_hidden(mapper, record):
+                continue
             in_use = self.is_open(record.id) or record.id in self._table.awaited
             if record.writable and (record.layer in live or record.id in held) and not in_use:
                 try:

@@ -78,6 +78,8 @@ class OpenVolume:
         self._lease: LockRecord | None = None
         self._lock_version: int | None = None
         """At which the lock's record was seen to be as we left it."""
+        self._replica: VolumeRecord | None = None
+        """As it was when it was opened, if it was a replica."""
         self._guard_mutex = threading.Lock()
         self._fenced = False
         self._may_be_cut = True
@@ -147,6 +149,10 @@ class OpenVolume:
             lease = self.mapper.locks.take(self.id, Hold.IO, called=self.name)
             try:
                 # Only now is the record ours alone to change.
+                before = self.mapper.catalog.volume(self.id).record
+                if before.replica_of is not None:
+                    # Before anything is read: whoever copies to it does so only as long as it is a replica.
+                    self.mapper.change(self.id, _of_its_own)
                 if lease.broken:
                     lease = self._put_head_on_broken(lease)
                 record = self.mapper.catalog.volume(self.id).record
@@ -158,6 +164,7 @@ class OpenVolume:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease, self._lock_version = record, lease, None
+            self._replica = before if before.replica_of is not None else None
             self._may_be_cut = True
             self._begin(engine)
             self._renew_guard()
@@ -208,10 +215,17 @@ class OpenVolume:
         try:
             self._flush(engine, lease)
             self._commit(self.record, engine.size)
+            self._be_replica_again()
             clean = True
         finally:
             engine.close(clean=clean)
         self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
+
+    def _be_replica_again(self) -> None:
+        """Nobody has written to it: it still holds what its original did."""
+        was, now = self._replica, self.record
+        if was is not None and (was.layer, was.size) == (now.layer, now.size) and self.head_is_empty():
+            self._change(replica_of=was.replica_of)
 
     def abandon(self) -> None:
         """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
@@ -671,6 +685,10 @@ class OpenVolume:
                 self._fence(self._engine)
             raise
         self._renew_guard()
+
+
+def _of_its_own(record: VolumeRecord) -> VolumeRecord:
+    return msgspec.structs.replace(record, replica_of=None)
 
 
 def _with_head(record: VolumeRecord, head: LayerId, **fields: object) -> VolumeRecord:

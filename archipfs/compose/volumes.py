@@ -56,6 +56,7 @@ class Volumes:
         self._mappers = mappers
         self._sealed = sealed
         self._default_backend = default_backend
+        self._live_bitmaps = live
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
@@ -64,6 +65,34 @@ class Volumes:
     def add_engine_user(self, user: EngineUser) -> None:
         """Have it told of the engines of all volumes that are opened from now on."""
         self._engine_users.append(user)
+
+    # Backends. Readers go through them at any time: what they go through is replaced and never changed.
+
+    def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
+        """Use one more, in which names are looked for last."""
+        name = mapper.backend
+        self._live = {**self._live, name: self._live_bitmaps.of(mapper.store.id)}
+        self._sealed = {**self._sealed, name: sealed}
+        self._mappers = {**self._mappers, name: mapper}
+
+    def drop_backend(self, name: str) -> tuple[Mapper, SealedStore]:
+        """Use it no more; returns what ``add_backend`` takes. Raises ``Busy`` if a volume of it is open."""
+        mapper = self.mapper(name)
+        with self._table.changed:
+            for volume, opened in self._table.volumes.items():
+                if opened.mapper is mapper:
+                    raise Busy(f"{mapper.catalog.volume(volume).record.name} in backend {name} is open; close it first")
+            if any(mapper.catalog.get(VolumeRecord, volume) for volume in self._table.awaited):
+                raise Busy(f"a volume in backend {name} is open; close it first")
+            self._mappers = {other: each for other, each in self._mappers.items() if other != name}
+            if self._default_backend == name:
+                self._default_backend = next(iter(self._mappers))
+        return mapper, self._sealed[name]
+
+    @property
+    def default_backend(self) -> str:
+        """Where volumes are made when no backend is named."""
+        return self._default_backend
 
     # Looking
 
@@ -80,7 +109,7 @@ class Volumes:
         check_name(name)
         for mapper in self._mappers.values():
             found = mapper.find(name)
-            if found is not None:
+            if found is not None and not self.is_hidden(mapper, found.record):
                 return Found(mapper, self._as_open(found.record))
         raise NotFound(f"no volume is called {name}; see `archip volume-list`")
 
@@ -90,11 +119,28 @@ class Volumes:
         record = opened.present_record() if opened is not None else None
         if opened is not None and record is not None:
             return Found(opened.mapper, record)
+        found = self._stored(volume)
+        if found is None:
+            raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+        return found
+
+    def _stored(self, volume: VolumeId) -> Found | None:
+        """The volume of that id, removed or not, that is no hidden replica; where it lives on if it was moved."""
         for mapper in self._mappers.values():
             found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                return Found(mapper, found.record)
-        raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+            if found is None or found.record.moved_to is not None or self.is_hidden(mapper, found.record):
+                continue
+            return Found(mapper, found.record)
+        return None
+
+    def is_hidden(self, mapper: Mapper, record: VolumeRecord) -> bool:
+        """Whether this volume in ``mapper`` is the replica of one that this node has: nothing resolves to it."""
+        replica = record.replica_of
+        original = next((each for each in self._mappers.values() if replica and each.store.id == replica.store), None)
+        if replica is None or original is None:
+            return False
+        found = original.catalog.get(VolumeRecord, record.id) if replica.arriving else None
+        return found is None or found.record.moved_to != mapper.store.id
 
     def find_again(self, found: Found) -> Found:
         """The volume as it is now. Raises ``NotFound``.
@@ -108,9 +154,15 @@ class Volumes:
         seen = set()
         for mapper in self._mappers.values():
             for found in mapper.volumes():
-                if found.record.name not in seen:
+                if found.record.name not in seen and not self.is_hidden(mapper, found.record):
                     seen.add(found.record.name)
                     yield Found(mapper, self._as_open(found.record))
+
+    def volumes_in(self, backend: str) -> Iterator[Found]:
+        """All that lie in one backend, in no order, also those that no name leads to from here."""
+        mapper = self.mapper(backend)
+        for found in mapper.volumes():
+            yield Found(mapper, found.record if self.is_hidden(mapper, found.record) else self._as_open(found.record))
 
     def open_volumes(self) -> list[OpenVolume]:
         with self._table.changed:
@@ -188,14 +240,11 @@ class Volumes:
         ``generation`` is that of the lock it had then, 0 if it had none. If that lock was broken meanwhile, somebody
         else may have written: the volume is fenced, since whoever has it open believes in what was there before.
         """
-        for mapper in self._mappers.values():
-            found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                break
-        else:
+        found = self._stored(volume)
+        if found is None:
             raise NotFound(f"no volume has the id {volume}; it was open, and is gone")
         self._table.awaited.add(volume)
-        opened = self._join(Found(mapper, found.record))
+        opened = self._join(found)
         try:
             with opened.control:
                 if not opened.started:

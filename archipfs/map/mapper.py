@@ -175,7 +175,7 @@ class Mapper:
         """Commit a new volume under the reserved name. Raises ``AlreadyExists`` if another node took it meanwhile."""
         made = self.catalog.put_volume(record, None)
         if not self._keeps_name(reservation):
-            self._withdraw(made)
+            self.withdraw(made)
             raise AlreadyExists(f"{reservation.name} was just made by somebody else; choose another name")
         return made
 
@@ -197,7 +197,8 @@ class Mapper:
                 continue
             return True
 
-    def _withdraw(self, made: Versioned[VolumeRecord]) -> None:
+    def withdraw(self, made: Versioned[VolumeRecord]) -> None:
+        """Take back what ``publish`` has made, unless it was changed since."""
         with suppress(Conflict):  # then it is being removed already
             self.catalog.delete(VolumeRecord, made.record.id, made.version)
 
@@ -394,7 +395,7 @@ class Mapper:
             # The other one leads to the layer now; whoever removes the source from here on sees that.
             self.still_there(source)
         except NotFound:
-            self._withdraw(made)
+            self.withdraw(made)
             raise
         return made
 

@@ -1,0 +1,1 @@
+"""The ``rados`` driver: a store in a pool of a Ceph cluster."""
