@@ -27,6 +27,7 @@ import structlog
 
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
+from archipfs.compose.volume import OpenVolume
 from archipfs.compose.volumes import Volumes
 from archipfs.errors import ArchipError, Fenced, ShutOut, StoreError
 from archipfs.map.locks import Locks
@@ -99,7 +100,7 @@ class Returning(Volumes):
             self._come_back(mapper, outside, lost)
         for volume, lease in list(outside.unclaimed.items()):
             if not mapper.locks.claim_again(lease):
-                self._cast_out(mapper, outside, [volume], lost)
+                self._settle(self._cast_out(mapper, outside, [volume], lost))
             del outside.unclaimed[volume]
 
     def _notice(self, mapper: Mapper) -> None:
@@ -118,7 +119,7 @@ class Returning(Volumes):
             locks = Locks(successor, mapper.node)
             leases = mapper.locks.claimed()
             kept = {volume: lease for volume, lease in leases.items() if locks.claim_again(lease)}
-            self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
+            gone = self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
         except BaseException:
             successor.close()
             raise
@@ -127,11 +128,16 @@ class Returning(Volumes):
         with outside.changed:
             outside.hurried = False
             outside.changed.notify_all()
+        # Only now: those who read for a lost volume may have been waiting until we are back.
+        self._settle(gone)
         seconds = round(time.monotonic() - started, 3)
         log.warning("back in the store", backend=mapper.backend, kept=len(kept), of=len(leases), seconds=seconds)
 
-    def _cast_out(self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]) -> None:
-        """Fence these volumes, and return when nobody is at work with them."""
+    def _cast_out(
+        self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]
+    ) -> list[OpenVolume]:
+        """Fence these volumes, and return when nobody is at work with them any more that began before. Who has one
+        open is to be settled with."""
         opened_all = []
         for volume in volumes:
             lost.append(volume)
@@ -150,10 +156,13 @@ class Returning(Volumes):
                 with outside.changed:
                     outside.hurried = True
                     outside.changed.notify_all()
-            try:
+            opened.control.release()
+        return opened_all
+
+    def _settle(self, gone: Iterable[OpenVolume]) -> None:
+        for opened in gone:
+            with opened.control:
                 opened.settle_cast_out()
-            finally:
-                opened.control.release()
 
     def _wait_outside(self, mapper: Mapper, error: ShutOut) -> None:
         """Return when a call of the store that was refused may be repeated. Raises ``error`` after a while, and another

@@ -32,7 +32,9 @@ def _release_pack(pointer: Any) -> None:
 class EnginePack:
     """A pack that sealed layers read. It takes over the object, which is closed when nobody reads it any more."""
 
-    def __init__(self, pack: str, data: DataObject, size: int, *, cached: tuple[CacheFiles, Path] | None = None) -> None:
+    def __init__(
+        self, pack: str, data: DataObject, size: int, *, cached: tuple[CacheFiles, Path] | None = None
+    ) -> None:
         """``size`` in bytes is how large it should be: what lies beyond it, or beyond the object's end, is an error.
 
         ``cached``: read it through this file, which is no other pack's, in a directory that is there.
