@@ -186,7 +186,7 @@ class Blocker(ABC):
 
     @abstractmethod
     def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
-        """Open one that exists. ``claim``: under which it is written, see :meth:`claim`."""
+        """Open one that exists. ``claim``: under which it is written; it must have been made, see :meth:`claim`."""
 
     @abstractmethod
     def delete_data(self, key: str) -> None:
