@@ -168,18 +168,6 @@ int header_replace(struct ra_call *call, const char *key, const struct header *h
     return operate(call, key, op);
 }
 
-int header_cut(struct ra_call *call, const char *key, const struct header *header, uint64_t count) {
-    unsigned char live[HEADER_GUARD_BYTES], bytes[HEADER_BYTES];
-    put_guard(live, HEADER_LIVE);
-    header_encode(header, bytes);
-    ra_write_op op = begin(call, live);
-    if (op == NULL)
-        return -ENOMEM;
-    call->connection->library.write_op_write(op, (const char *)bytes, sizeof bytes, 0);
-    call->connection->library.write_op_truncate(op, HEADER_BYTES + count);
-    return operate(call, key, op);
-}
-
 int header_set(struct ra_call *call, const char *key, const struct stripe_range *ranges, size_t count) {
     static const char ones[HEADER_RANGE_MAX] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     unsigned char live[HEADER_GUARD_BYTES];

@@ -2,7 +2,8 @@
  * The header object of a data object: docs/format.md, "Data objects in RADOS".
  *
  * 4096 bytes that say what it is, then one byte for each stripe: 1 where the stripe may exist. A byte is durable before
- * the stripe is written for the first time, so nobody who has the bytes misses a stripe.
+ * the stripe is written for the first time, and is never taken back, so nobody who has the bytes misses a stripe: not
+ * one that is written by somebody who knows less, nor one that a write makes that had been given up on.
  */
 #ifndef ARCHIPFS_RADOS_HEADER_H
 #define ARCHIPFS_RADOS_HEADER_H
@@ -40,9 +41,6 @@ int header_create(struct ra_call *call, const char *key);
 
 /* Replace what stands before the bytes of stripes. -ENOENT: deleted. */
 int header_replace(struct ra_call *call, const char *key, const struct header *header);
-
-/* The same, and no stripe from `count` on may exist any more. */
-int header_cut(struct ra_call *call, const char *key, const struct header *header, uint64_t count);
 
 struct stripe_range {
     uint64_t first;

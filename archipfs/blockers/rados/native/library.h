@@ -54,7 +54,6 @@ typedef void (*ra_callback)(ra_completion completion, void *argument);
     F(void, write_op_create, (ra_write_op op, int exclusive, const char *category))                                    \
     F(void, write_op_cmpext, (ra_write_op op, const char *buffer, size_t length, uint64_t offset, int *result))        \
     F(void, write_op_write, (ra_write_op op, const char *buffer, size_t length, uint64_t offset))                      \
-    F(void, write_op_truncate, (ra_write_op op, uint64_t offset))                                                      \
     F(void, write_op_zero, (ra_write_op op, uint64_t offset, uint64_t length))                                         \
     F(int, write_op_operate, (ra_write_op op, ra_ioctx io, const char *oid, time_t *mtime, int flags))                 \
     F(int, aio_write_op_operate,                                                                                       \

@@ -87,7 +87,21 @@ static int read_live(const struct ra_call *call, const char *key, struct header 
     return result;
 }
 
-/* With the gate held alone, or before anybody else has the object: believe what the header says. */
+/* With the table held: make room for the bytes of `count` stripes. */
+static int make_room(struct ra_data *data, uint64_t count) {
+    if (count <= data->stripe_count)
+        return 0;
+    uint64_t room = data->stripe_count * 2 > count ? data->stripe_count * 2 : count;
+    unsigned char *stripes = realloc(data->stripes, room);
+    if (stripes == NULL)
+        return -ENOMEM;
+    memset(stripes + data->stripe_count, 0, room - data->stripe_count);
+    data->stripes = stripes;
+    data->stripe_count = room;
+    return 0;
+}
+
+/* Learn what the header says now. */
 static int reload(const struct ra_call *call, struct ra_data *data) {
     struct header header;
     unsigned char *stripes;
@@ -96,12 +110,15 @@ static int reload(const struct ra_call *call, struct ra_data *data) {
     if (result < 0)
         return result;
     pthread_mutex_lock(&data->table);
-    free(data->stripes);
-    data->stripes = stripes;
-    data->stripe_count = count;
-    data->header_size = header.size;
+    result = make_room(data, count);
+    if (result == 0) {
+        for (uint64_t stripe = 0; stripe < count; stripe++)
+            data->stripes[stripe] |= stripes[stripe];
+        data->header_size = header.size;
+    }
     pthread_mutex_unlock(&data->table);
-    return 0;
+    free(stripes);
+    return result;
 }
 
 int ra_data_create(struct ra_client *client, const char *key, struct ra_data **made) {
@@ -209,20 +226,6 @@ static bool all_set(const struct ra_data *data, struct stripe_range range) {
     return true;
 }
 
-/* With the table held: make room for the byte of stripe `last`. */
-static int make_room(struct ra_data *data, uint64_t last) {
-    if (last < data->stripe_count)
-        return 0;
-    uint64_t count = data->stripe_count * 2 > last + 1 ? data->stripe_count * 2 : last + 1;
-    unsigned char *stripes = realloc(data->stripes, count);
-    if (stripes == NULL)
-        return -ENOMEM;
-    memset(stripes + data->stripe_count, 0, count - data->stripe_count);
-    data->stripes = stripes;
-    data->stripe_count = count;
-    return 0;
-}
-
 /* With the table held, which is given back meanwhile: set what has been asked for, `own` in any case. */
 static void set_marks(struct ra_call *call, struct ra_data *data, struct mark *own) {
     struct mark *taken[MARKS_AT_ONCE];
@@ -270,7 +273,7 @@ static int mark_stripes(struct ra_call *call, struct ra_data *data, struct strip
         pthread_mutex_unlock(&data->table);
         return 0;
     }
-    int result = make_room(data, range.last);
+    int result = make_room(data, range.last + 1);
     if (result == 0) {
         mark.next = data->marks;
         data->marks = &mark;
@@ -447,6 +450,17 @@ int ra_data_next_hole(struct ra_data *data, uint64_t offset, uint64_t *found) {
 
 /* Punching */
 
+/* With the gate held alone. */
+static int put_size(struct ra_call *call, struct ra_data *data, uint64_t size) {
+    int result = header_replace(call, data->key, &(struct header){.state = HEADER_LIVE, .size = size});
+    if (result == 0) {
+        pthread_mutex_lock(&data->table);
+        data->header_size = size;
+        pthread_mutex_unlock(&data->table);
+    }
+    return result;
+}
+
 /* With the gate held alone: the header alone says what the size is. */
 static int pin_size(struct ra_call *call, struct ra_data *data) {
     int result = reload(call, data);
@@ -455,16 +469,7 @@ static int pin_size(struct ra_call *call, struct ra_data *data) {
     struct header header = {.state = HEADER_LIVE, .size = data->header_size};
     uint64_t size;
     result = find_size(call, data->key, &header, data->stripes, data->stripe_count, &size);
-    if (result < 0 || size == header.size)
-        return result;
-    header.size = size;
-    result = header_replace(call, data->key, &header);
-    if (result == 0) {
-        pthread_mutex_lock(&data->table);
-        data->header_size = size;
-        pthread_mutex_unlock(&data->table);
-    }
-    return result;
+    return result < 0 || size == header.size ? result : put_size(call, data, size);
 }
 
 static bool may_exist(struct ra_data *data, uint64_t stripe) {
@@ -491,15 +496,29 @@ static int punch_stripes(struct ra_call *call, struct ra_data *data, uint64_t of
     return batch_end(&batch);
 }
 
+/* Whether all stripes of the range are known; `*end` is lowered to where the known ones end, `*pinned` compares. */
+static bool know_stripes(struct ra_data *data, uint64_t offset, uint64_t *end, bool *pinned) {
+    pthread_mutex_lock(&data->table);
+    bool known = all_set(data, (struct stripe_range){offset / STRIPE, (*end - 1) / STRIPE});
+    if (*end > data->stripe_count * STRIPE)
+        *end = data->stripe_count * STRIPE;
+    *pinned = *end <= data->header_size;
+    pthread_mutex_unlock(&data->table);
+    return known;
+}
+
 static int punch(struct ra_call *call, struct ra_data *data, uint64_t offset, uint64_t length) {
+    uint64_t end = offset + length;
+    bool pinned;
     int result = 0;
     pthread_rwlock_rdlock(&data->gate);
-    pthread_mutex_lock(&data->table);
-    uint64_t end = data->stripe_count * STRIPE, header_size = data->header_size;
-    pthread_mutex_unlock(&data->table);
-    end = length < end && offset < end - length ? offset + length : end;
-    /* What ends a stripe gives its place back, and would so make the object shorter. */
-    if (offset < end && end > header_size) {
+    if (!know_stripes(data, offset, &end, &pinned)) {
+        result = reload(call, data);
+        end = offset + length;
+        know_stripes(data, offset, &end, &pinned);
+    }
+    /* An OSD cuts a stripe whose end is zeroed, and would so make the object shorter. */
+    if (result == 0 && offset < end && !pinned) {
         pthread_rwlock_unlock(&data->gate);
         pthread_rwlock_wrlock(&data->gate);
         result = pin_size(call, data);
@@ -513,6 +532,10 @@ static int punch(struct ra_call *call, struct ra_data *data, uint64_t offset, ui
 int ra_data_punch(struct ra_data *data, uint64_t offset, uint64_t length) {
     if (!data->writable)
         return -EBADF;
+    if (offset >= RA_DATA_BYTES_MAX || length == 0)
+        return 0;
+    if (length > RA_DATA_BYTES_MAX - offset)
+        length = RA_DATA_BYTES_MAX - offset;
     int result;
     struct ra_call call = {.client = data->client, .claim = data->claim};
     do
@@ -540,31 +563,15 @@ static int cut_stripes(struct ra_call *call, const struct ra_data *data, uint64_
     return batch_end(&batch);
 }
 
+/* First up, last down: the size is never outside of what it was and what it becomes. */
 static int truncate_alone(struct ra_call *call, struct ra_data *data, uint64_t size) {
-    struct header header = {.state = HEADER_LIVE, .size = size};
     int result = reload(call, data);
-    if (result < 0)
-        return result;
-    uint64_t former = data->header_size, count = (size + STRIPE - 1) / STRIPE;
-    if (former < size) {
-        result = header_replace(call, data->key, &header);
-        if (result < 0)
-            return result;
-    }
-    result = cut_stripes(call, data, size);
-    if (result == 0 && (former > size || count < data->stripe_count)) {
-        uint64_t kept = count < data->stripe_count ? count : data->stripe_count;
-        result = header_cut(call, data->key, &header, kept);
-        /* Also after an error: whether the bytes behind are still set, nobody knows, so they count as not set. */
-        pthread_mutex_lock(&data->table);
-        data->stripe_count = kept;
-        pthread_mutex_unlock(&data->table);
-    }
-    if (result == 0) {
-        pthread_mutex_lock(&data->table);
-        data->header_size = size;
-        pthread_mutex_unlock(&data->table);
-    }
+    if (result == 0 && data->header_size < size)
+        result = put_size(call, data, size);
+    if (result == 0)
+        result = cut_stripes(call, data, size);
+    if (result == 0 && data->header_size > size)
+        result = put_size(call, data, size);
     return result;
 }
 
@@ -575,13 +582,13 @@ int ra_data_truncate(struct ra_data *data, uint64_t size) {
         return -EFBIG;
     int result;
     struct ra_call call = {.client = data->client, .claim = data->claim};
-    do {
+    do
         if ((result = ra_call_begin(&call)) == 0) {
             pthread_rwlock_wrlock(&data->gate);
             result = truncate_alone(&call, data, size);
             pthread_rwlock_unlock(&data->gate);
         }
-    } while (ra_call_again(&call, result));
+    while (ra_call_again(&call, result));
     return result;
 }
 

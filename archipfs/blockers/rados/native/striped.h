@@ -23,17 +23,17 @@ struct ra_data {
     bool writable;
     char key[RA_KEY_BYTES_MAX + 1];
 
-    /* Held alone by whoever changes the size in the header, or takes bytes of stripes back; else shared. */
+    /* Held alone by whoever changes the size in the header; else shared. */
     pthread_rwlock_t gate;
 
     /* Guards all that follows. */
     pthread_mutex_t table;
     /* A mark is done, or it is somebody else's turn to set them. */
     pthread_cond_t marked;
-    /* The bytes of stripes that are known to be set, durably. Others may be set too. */
+    /* The bytes of stripes that are known to be set, durably. Others may be set too, by others. */
     unsigned char *stripes;
     uint64_t stripe_count;
-    /* What the header says, and so no more than the size. */
+    /* What the header said last. */
     uint64_t header_size;
     struct mark *marks;
     bool marking;
