@@ -190,7 +190,11 @@ class Blocker(ABC):
 
     @abstractmethod
     def delete_data(self, key: str) -> None:
-        """Remove it, durably. Those who have it open may go on using what they opened."""
+        """Remove it, durably.
+
+        Those who have it open go on reading it or get ``ObjectMissing``, never other bytes, unless somebody still
+        writes to it.
+        """
 
     @abstractmethod
     def list_data(self, kind: str) -> Iterator[str]:
