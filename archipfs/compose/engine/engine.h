@@ -75,8 +75,8 @@ int ae_pack_open(struct ae_object object, uint64_t size, struct ae_pack **pack);
 void ae_pack_release(struct ae_pack *pack);
 
 /*
- * The pack cache: local files of what was fetched of packs that lie far away, `bytes_max` bytes of disk at most, of which
- * those go first that nobody read for long. An error of the disk costs speed and nothing else.
+ * The pack cache: local files of what was fetched of packs that lie far away, `bytes_max` bytes of disk at most. Those
+ * go first that nobody has read for long. An error of the disk costs speed and nothing else.
  */
 struct ae_cache;
 

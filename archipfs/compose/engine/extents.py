@@ -41,18 +41,20 @@ class EnginePack:
         """
         opened = ffi.new("struct ae_pack **")
         doing = f"opening pack {pack}"
-        with ExitStack() as unopened:
+        with ExitStack() as entered, ExitStack() as unopened:
             unopened.callback(data.close)
             if size < 0:
                 raise InvalidInput(f"pack {pack}: its size is given as {size} bytes; it must not be negative")
-            ident = bytes.fromhex(pack).ljust(32, b"\0")[:32] if cached is not None else b""
+            through: tuple[Any, ...] = ()
+            if cached is not None:
+                files, path = cached
+                cache = entered.enter_context(files.handle)
+                through = cache, os.fsencode(path), ffi.new("uint8_t [32]", bytes.fromhex(pack))
             made = open_object(data, owned=True)
             unopened.pop_all()
-        if cached is not None:
-            files, path = cached
-            with files.handle as cache:
-                call(doing, lib.ae_object_cached, cache, os.fsencode(path), ident, made[0], size, made)
-        call(doing, lib.ae_pack_open, made[0], size, opened)
+            if through:
+                call(doing, lib.ae_object_cached, *through, made[0], size, made)
+            call(doing, lib.ae_pack_open, made[0], size, opened)
         self._handle = Handle(ffi.gc(opened[0], _release_pack), f"pack {pack}")
 
     @property
