@@ -161,8 +161,13 @@ class Copier:
         """
         known = self._known.get(layer)
         if known is None:
-            known = self._known[layer] = _Known(self._copy(layer), None)
+            source = self.origin.catalog.layer(layer).record
+            known = self._known[layer] = _Known(self._copy(source, layer), None)
         return known.record
+
+    def still_changing(self, head: LayerRecord) -> LayerRecord:
+        """As ``layer``, of a head to which nobody writes just now: what is copied of it is that of this moment."""
+        return self._copy(head, None)
 
     def still_kept(self, layer: LayerId, by: VolumeRecord) -> bool:
         """Whether the copy of ``layer`` is not about to be reclaimed, now that ``by`` leads to it too.
@@ -178,13 +183,12 @@ class Copier:
             return False
         return True
 
-    def _copy(self, layer: LayerId) -> LayerRecord:
-        source = self.origin.catalog.layer(layer).record
+    def _copy(self, source: LayerRecord, original: LayerId | None) -> LayerRecord:
         while True:
             with self._target_sealed.chunks.session() as session:
                 sealed, base = self._fill(source, session)
                 session.flush()
-                made = self._pending.enter_context(self.target.bare_layer(layer))
+                made = self._pending.enter_context(self.target.bare_layer(original))
                 try:
                     record = commit_sealed(self.target.catalog, made, base, sealed, session)
                 except Swept:
@@ -422,6 +426,18 @@ class Replicas(Seals):
             return msgspec.structs.replace(wanted, layer=present.layer)
 
         return copier.target.change(record.id, edit).record
+
+    def put_arriving(self, copier: Copier, head: LayerId, wanted: VolumeRecord) -> VolumeRecord:
+        """Have the replica be as ``wanted``, with that head. Raises as ``put_replica`` does."""
+        found = self._present(copier, wanted)
+        if found is not None and found.record.name != wanted.name:
+            with _in_the_way(copier, wanted):
+                copier.target.rename(wanted.id, str(wanted.name), replace=None)
+            found = self._present(copier, wanted)
+        if found is None:
+            raise Conflict(f"the replica of {wanted.name} in backend {copier.target.backend} has just been removed")
+        record = msgspec.structs.replace(wanted, layer=head)
+        return copier.target.catalog.put_volume(record, found.version).record
 
     def _publish(self, copier: Copier, content: Content, wanted: VolumeRecord) -> VolumeRecord:
         layer, target = copier.layer(content.layer), copier.target

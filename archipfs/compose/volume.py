@@ -53,25 +53,25 @@ class EngineUser(Protocol):
         """Return when nobody is in a call of its engine any more, nor will be. Must not raise."""
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The backend that a volume lies in, and what this node has for it."""
+
+    mapper: Mapper
+    live: LiveBitmaps
+    sealed: SealedStore
+
+
 class OpenVolume:
     """Counted by the composer, which starts it for the first user and stops it after the last."""
 
-    def __init__(
-        self,
-        mapper: Mapper,
-        live: LiveBitmaps,
-        sealed: SealedStore,
-        volume: VolumeId,
-        engine_users: Sequence[EngineUser] = (),
-    ) -> None:
+    def __init__(self, home: Home, volume: VolumeId, engine_users: Sequence[EngineUser] = ()) -> None:
         self.id = volume
-        self.mapper = mapper
+        self._home = home
         self.uses = 0
         self.opened_ns = time.time_ns()
         self.control = Control()
         """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
-        self._live = live
-        self._sealed = sealed
         self._engine_users = engine_users
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
@@ -208,7 +208,7 @@ class OpenVolume:
             except LockHeld:
                 return
         self.mapper.purge(record)
-        self._live.forget(record.layer)
+        self._home.live.forget(record.layer)
 
     def _stop_writing(self, engine: EngineVolume, lease: LockRecord) -> None:
         clean = False
@@ -245,6 +245,11 @@ class OpenVolume:
                 user.engine_closing(self.id)
 
     # What it is
+
+    @property
+    def mapper(self) -> Mapper:
+        """Of the backend that it lies in: another one once it was moved, which happens under ``control``."""
+        return self._home.mapper
 
     @property
     def record(self) -> VolumeRecord:
@@ -538,6 +543,46 @@ class OpenVolume:
             finally:
                 engine.resume()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[EngineVolume]:
+        """Requests wait within the block. The layers in the store, and their records, say all of what it holds."""
+        with self._paused() as engine:
+            self.mapper.limit_parent(self.record.layer, min(self.record.visible, engine.parent_visible))
+            yield engine
+
+    def go_over(
+        self, home: Home, lease: LockRecord, record: VolumeRecord, commit: Callable[[], VolumeRecord]
+    ) -> VolumeRecord:
+        """While it stands still: be ``record``, which lies in another backend under our lock there, from ``commit`` on.
+
+        Returns what that returns. If it raises, the volume stays where it is.
+        """
+        engine = self.engine
+
+        def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
+            return open_live_chain(home.mapper.blocker, home.sealed, home.live, lease, chain, record.visible)
+
+        layers = home.mapper.catalog.with_chain(record.layer, open_chain)
+        try:
+            try:
+                committed = commit()
+            except ArchipError:
+                if not self._changed_after_all(engine, moved_to=home.mapper.store.id):
+                    raise
+                committed = self.record
+            self._home, self._record, self._lease = home, record, lease
+            self._lock_version, self._replica, self._may_be_cut = None, None, True
+
+            def follow() -> None:
+                engine.replace(layers, record.size)
+                self._verify(engine, lease)
+
+            self._follow(engine, follow)
+            return committed
+        finally:
+            for layer in layers:
+                layer.close()
+
     def frozen_below(self) -> LayerId | None:
         """The layer right below the head, durable with all below it; ``None`` if the head lies on nothing."""
         with self.control:
@@ -555,7 +600,7 @@ class OpenVolume:
             engine = self._engine
             if engine is None or self._fenced:
                 return
-            layer = self._sealed.open_layer(sealed)
+            layer = self._home.sealed.open_layer(sealed)
             try:
                 engine.rebase(sealed.id, layer)
             except ObjectMissing:
@@ -571,7 +616,7 @@ class OpenVolume:
 
     def _durable_engine(self, record: VolumeRecord) -> EngineVolume:
         def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
-            return open_durable_chain(self.mapper.blocker, self._sealed, chain, record.visible)
+            return open_durable_chain(self.mapper.blocker, self._home.sealed, chain, record.visible)
 
         layers = self.mapper.catalog.with_chain(record.layer, open_chain)
         try:
@@ -585,7 +630,7 @@ class OpenVolume:
         """The layers from ``head`` on, to be written. An engine that was given them in the block goes on using them."""
 
         def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
-            return open_live_chain(self.mapper.blocker, self._sealed, self._live, lease, chain, visible)
+            return open_live_chain(self.mapper.blocker, self._home.sealed, self._home.live, lease, chain, visible)
 
         layers = self.mapper.catalog.with_chain(head, open_chain)
         try:
@@ -595,7 +640,9 @@ class OpenVolume:
                 layer.close()
 
     def _open_head(self, lease: LockRecord, head: LayerRecord) -> EngineLayer:
-        return open_live_layer(self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True)
+        return open_live_layer(
+            self.mapper.blocker, self._home.live, lease, head, visible=head.parent_visible, head=True
+        )
 
     def _owned_lease(self) -> LockRecord:
         assert self._lease is not None, "an engine of a writable volume is open only under its lock"

@@ -13,7 +13,7 @@ import msgspec
 from archipfs.blockers.contract import Space
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
-from archipfs.compose.volume import EngineUser, OpenVolume
+from archipfs.compose.volume import EngineUser, Home, OpenVolume
 from archipfs.errors import AlreadyExists, Busy, NotFound, ObjectMissing, ReadOnlyVolume
 from archipfs.map.mapper import Mapper
 from archipfs.map.names import check_name
@@ -297,8 +297,10 @@ class Volumes:
         return opened
 
     def _make_open(self, found: Found) -> OpenVolume:
-        backend = found.mapper.backend
-        return OpenVolume(found.mapper, self._live[backend], self._sealed[backend], found.record.id, self._engine_users)
+        return OpenVolume(self._home(found.mapper), found.record.id, self._engine_users)
+
+    def _home(self, mapper: Mapper) -> Home:
+        return Home(mapper, self._live[mapper.backend], self._sealed[mapper.backend])
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:
@@ -321,6 +323,7 @@ class Volumes:
         if not found.record.writable:
             raise ReadOnlyVolume(f"{found.record.name} is a snapshot and does not change; clone it to write")
         with self.using(found) as opened, opened.control:
+            self._refuse_elsewhere(found, opened)
             opened.own()
             yield opened
 
@@ -329,8 +332,10 @@ class Volumes:
         """Hold the volume's lock, open or not, without opening it. Raises ``LockHeld`` if another node has it."""
         opened = self._join(found)
         try:
-            with opened.control, self._lock_held(found, opened):
-                yield opened
+            with opened.control:
+                self._refuse_elsewhere(found, opened)
+                with self._lock_held(found, opened):
+                    yield opened
         finally:
             self.release(opened)
 
@@ -409,6 +414,11 @@ class Volumes:
         now = found.mapper.find(str(found.record.name))
         if now is None or now.record.id != found.record.id:
             raise NotFound(f"{found.record.name} has just been removed or renamed; see `archip volume-list`")
+
+    def _refuse_elsewhere(self, found: Found, opened: OpenVolume) -> None:
+        """Raises ``Busy`` if it was moved to another backend since it was found; its ``control`` is held."""
+        if opened.mapper is not found.mapper:
+            raise Busy(f"{found.record.name} has just been moved to backend {opened.mapper.backend}; try again")
 
     def _refuse_held(self, found: Found, doing: str) -> None:
         lock = found.mapper.locks.holder(found.record.id)

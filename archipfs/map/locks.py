@@ -148,6 +148,24 @@ class Locks:
             if self._replace(found, self._with_holds(found.record, holds)):
                 return
 
+    def take_over(self, lock: LockRecord, *, called: str) -> LockRecord:
+        """Hold the lock of a volume that comes from another store as ``lock`` was held there, under its generation if
+        that can be: whoever has the volume open remembers it. Raises ``LockHeld``."""
+        while True:
+            found = self._catalog.lock(lock.volume)
+            current = found.record if found else LockRecord(lock.volume, 0, None, "", 0)
+            self._refuse_foreign(current, called)
+            passed = current.generation > lock.generation
+            generation = current.generation + 1 if passed else lock.generation
+            if self._replace(found, msgspec.structs.replace(lock, generation=generation, broken=current.broken)):
+                return self.take(lock.volume, Hold.IO, called=called)
+
+    def let_go(self, volume: VolumeId) -> None:
+        """Give the lock back for whatever reason we hold it, if we do."""
+        lock = self.get(volume)
+        for hold in lock.holds if lock is not None and self.is_ours(lock) else ():
+            self.give_back(volume, hold, called=f"the volume {volume}")
+
     def break_(self, volume: VolumeId) -> None:
         """Take the lock from whoever has it, and raise the generation so that it stops writing.
 

@@ -470,12 +470,16 @@ class Mapper:
         if entry is not None and entry.record.volume == volume and entry.record.replaced is not None:
             self._displace(entry.record.replaced, name)
 
-    def remove(self, volume: VolumeId) -> VolumeRecord:
-        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
+    def remove(self, volume: VolumeId, *, moved_to: str | None = None) -> VolumeRecord:
+        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock.
+
+        ``moved_to``: the id of the store in which it lives on.
+        """
         name = self.catalog.volume(volume).record.name
         if name is not None:
             self._finish_replacing(name, volume)
-        removed = self.change(volume, lambda record: msgspec.structs.replace(record, name=None)).record
+        fields = {"name": None} if moved_to is None else {"name": None, "moved_to": moved_to}
+        removed = self.change(volume, lambda record: msgspec.structs.replace(record, **fields)).record
         if name is not None:
             self._drop_name(name, volume)
         return removed
