@@ -100,7 +100,7 @@ class Returning(Volumes):
             self._come_back(mapper, outside, lost)
         for volume, lease in list(outside.unclaimed.items()):
             if not mapper.locks.claim_again(lease):
-                self._settle(self._cast_out(mapper, outside, [volume], lost))
+                self._see_out(self._cast_out(mapper, outside, [volume], lost))
             del outside.unclaimed[volume]
 
     def _notice(self, mapper: Mapper) -> None:
@@ -125,11 +125,12 @@ class Returning(Volumes):
             raise
         outside.unclaimed = kept
         mapper.blocker.adopt(successor)
+        successor.close()
         with outside.changed:
             outside.hurried = False
             outside.changed.notify_all()
         # Only now: those who read for a lost volume may have been waiting until we are back.
-        self._settle(gone)
+        self._see_out(gone)
         seconds = round(time.monotonic() - started, 3)
         log.warning("back in the store", backend=mapper.backend, kept=len(kept), of=len(leases), seconds=seconds)
 
@@ -159,7 +160,7 @@ class Returning(Volumes):
             opened.control.release()
         return opened_all
 
-    def _settle(self, gone: Iterable[OpenVolume]) -> None:
+    def _see_out(self, gone: Iterable[OpenVolume]) -> None:
         for opened in gone:
             with opened.control:
                 opened.settle_cast_out()
