@@ -38,7 +38,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from archipfs.blockers.rados.connection import Connection, errno_of, plain_address
+from archipfs.blockers.rados.connection import ALSO_WHEN_FULL, Connection, errno_of, plain_address
 from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.lock_class import ANSWER_BYTES_MAX, GET_INFO, LockInfo, get_info
 from archipfs.errors import Busy, InvalidInput, ObjectMissing, ShutOut, StoreError
@@ -114,14 +114,25 @@ class Claims:
             try:
                 self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
             except self._connection.rados.Error as error:
-                if errno_of(error) not in (errno.EBUSY, errno.EEXIST):
+                number = errno_of(error)
+                if number in (errno.EBUSY, errno.EEXIST):
+                    return False
+                if number not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                return False
+                # There is no such object, and no room for one. But one claims what is to be removed, too.
+                self._make(key)
+                self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
         try:
             self._native.claim(key, owner)
         except Busy:
             return False
         return True
+
+    def _make(self, key: str) -> None:
+        rados = self._connection.rados
+        with rados.WriteOpCtx() as operation:
+            operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            self._connection.main.operate_write_op(operation, _name(key), flags=ALSO_WHEN_FULL)
 
     def _give_up(self, key: str, cookie: str) -> None:
         with self._connection.call(f"giving up {key}"):
