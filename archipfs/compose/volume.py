@@ -560,6 +560,9 @@ class OpenVolume:
             engine, record, version = self._engine, self._record, self._lock_version
             if engine is None or record is None or version is None:
                 return
+            if self.mapper.blocker.shuts_out:
+                engine.guard(None, record.size)
+                return
             paths = self.mapper.locks.version_paths(self.id, version)
             if paths is not None:
                 engine.guard(paths, record.size)

@@ -231,7 +231,8 @@ int ae_volume_next_change(struct ae_volume *volume, const uint8_t base[16], uint
                           uint64_t *from, uint64_t *until);
 /*
  * Have ae_sync believe that the volume's lock is ours as long as there is something at the path `present` and nothing
- * at `following`, and that `size` is recorded. Any thread; the last call counts.
+ * at `following`, and that `size` is recorded. Both NULL: the store takes nothing from us once the lock is not ours, so
+ * it needs no look. Any thread; the last call counts.
  */
 int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size);
 /*
@@ -240,6 +241,8 @@ int ae_volume_guard(struct ae_volume *volume, const char *present, const char *f
  */
 void ae_volume_fence(struct ae_volume *volume);
 
+/* Whether writes to it wait for a network, not for memory or a disk. A control call may change that. */
+bool ae_volume_waits(const struct ae_volume *volume);
 uint64_t ae_volume_size(const struct ae_volume *volume);
 /* How many bytes of the head's parent shine through now. Control. */
 uint64_t ae_volume_parent_visible(const struct ae_volume *volume);
@@ -272,6 +275,8 @@ struct ae_calls {
     int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
     /* 0: all that returned before is durable. -EAGAIN: the composer has to see to it. */
     int (*sync)(struct ae_volume *volume);
+    /* Whether calls that change it wait for a network. */
+    bool (*waits)(const struct ae_volume *volume);
 };
 
 const struct ae_calls *ae_calls(void);
