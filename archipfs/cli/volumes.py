@@ -47,6 +47,7 @@ LISTED = (
     Column("parent"),
     Column("created", as_time),
     Column("uuid", always=False),
+    Column("replica", as_yes, always=False),
 )
 
 DETAILS = (
@@ -74,12 +75,13 @@ DETAILS = (
 
 
 @click.command("volume-list")
+@click.option("--backend", help="Only what lies there; also replicas, and what lies behind others of its name.")
 @view_options(LISTED)
 @pass_instance
-def volume_list(instance: Instance, view: View) -> None:
+def volume_list(instance: Instance, backend: str | None, view: View) -> None:
     """List volumes, snapshots and clones."""
     with instance.connect() as client:
-        view.table(client.call("volume-list"))
+        view.table(client.call("volume-list", **({} if backend is None else {"backend": backend})))
 
 
 @click.command("volume-info")

@@ -153,7 +153,7 @@ class Changing(Volumes):
         with opened.control:
             if sets_mtime:
                 opened.forget_write_time()
-            record = found.mapper.change(volume, edit).record
+            record = opened.mapper.change(volume, edit).record
             self._refresh(opened)
         return self._as_open(record)
 

@@ -9,6 +9,9 @@ crash left behind is recovered before anything else happens to it. Each kind of 
 ``changing``     rename, resize, rollback, remove, copies of ranges, attributes
 ``seals``        sealing, import
 ``locking``      locks that people ask for; ours that others break
+``returning``    being shut out of a store, and coming back
+``replicas``     copies in another backend
+``moving``       going over to another backend
 ``recovery``     after a crash, after a removal, and at the end
 ===============  ===========================================================
 """
@@ -16,12 +19,13 @@ crash left behind is recovered before anything else happens to it. Each kind of 
 from archipfs.compose.changing import Changing, RolledBack
 from archipfs.compose.locking import Locking
 from archipfs.compose.making import Made
-from archipfs.compose.recovery import Recovery
-from archipfs.compose.seals import Imported, Seals
+from archipfs.compose.moving import Moved, Moving
+from archipfs.compose.replicas import Synced
+from archipfs.compose.seals import Imported
 from archipfs.compose.volumes import Found
 
-__all__ = ["Composer", "Found", "Imported", "Made", "RolledBack"]
+__all__ = ["Composer", "Found", "Imported", "Made", "Moved", "RolledBack", "Synced"]
 
 
-class Composer(Seals, Changing, Locking, Recovery):
+class Composer(Moving, Changing, Locking):
     """One for each node."""

@@ -4,13 +4,23 @@ import functools
 import threading
 from collections.abc import Mapping
 
+import msgspec
 import structlog
 
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import OpenVolume
 from archipfs.compose.volumes import Found, Volumes
-from archipfs.errors import ArchipError, FormatTooNew, LockHeld, ObjectDamaged, ObjectMissing, StoreError, StoreFull
+from archipfs.errors import (
+    ArchipError,
+    FormatTooNew,
+    LockHeld,
+    NotFound,
+    ObjectDamaged,
+    ObjectMissing,
+    StoreError,
+    StoreFull,
+)
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, LayerRecord, VolumeRecord
 from archipfs.types import LayerId
@@ -39,8 +49,10 @@ class Recovery(Volumes):
         for mapper in self._mappers.values():
             self._live[mapper.backend].adopt(functools.partial(_is_layer_of, mapper))
             live = self._live[mapper.backend].layers()  # first: a layer's record is there before its live bitmap
+            self._finish_moves(mapper)
             for record in mapper.removed():
-                self._purge_removed(mapper, record)
+                if record.moved_to is None:
+                    self._purge_removed(mapper, record)
             self._reclaim(mapper)
             try:
                 mapper.forget_stray_locks()
@@ -53,16 +65,18 @@ class Recovery(Volumes):
 
     def _purge_removed(self, mapper: Mapper, record: VolumeRecord) -> None:
         opened = self._table.volumes.get(record.id)
-        if opened is not None:
+        if opened is not None and opened.mapper is mapper:
             self._removed_while_open(mapper, opened)
             return
-        if record.id in self._table.awaited:
+        if record.id in self._table.awaited and record.moved_to is None:
             return
 
         def purge() -> None:
             if record.writable:
                 mapper.locks.take(record.id, Hold.IO, called=f"the removed volume {record.id}")
             mapper.purge(record)
+            self._live[mapper.backend].forget(record.layer)
+            self._reclaim_wanted = True
 
         try:
             try:
@@ -75,11 +89,38 @@ class Recovery(Volumes):
         except ArchipError as error:
             log.error("not purged", volume=record.id, error=str(error))
 
+    def _finish_moves(self, *mappers: Mapper) -> None:
+        """Purge what has moved away from there, once it needs nothing of it any more where it is now."""
+        for mapper in mappers:
+            for record in mapper.removed():
+                if record.moved_to is not None and self._arrived(mapper, record):
+                    self._purge_removed(mapper, record)
+
+    def _arrived(self, origin: Mapper, original: VolumeRecord) -> bool:
+        """Have what was moved be a volume like any other in the backend where it is now; false if that is not ours to
+        do, or cannot be done now."""
+        target = next((each for each in self._mappers.values() if each.store.id == original.moved_to), None)
+        if target is None:
+            return False  # the next node that has both does it
+
+        def settled(record: VolumeRecord) -> VolumeRecord:
+            is_its = record.replica_of is not None and record.replica_of.store == origin.store.id
+            return msgspec.structs.replace(record, replica_of=None) if is_its else record
+
+        try:
+            target.change(original.id, settled)
+        except NotFound:
+            return True  # it was removed there since
+        except ArchipError as error:
+            log.error("moved, and not purged where it was; it is tried again", volume=original.id, error=str(error))
+            return False
+        return True
+
     def _removed_while_open(self, mapper: Mapper, opened: OpenVolume) -> None:
         """Nobody opens a volume without a name; but who has it open from before it was removed, goes on using it."""
         try:
             with opened.control:
-                if opened.started:
+                if opened.started and opened.mapper is mapper:  # else it has just been moved
                     opened.record = mapper.remove(opened.id)  # who closes it last purges it
         except ArchipError as error:
             log.error("removed, and not purged when it is closed", volume=opened.id, error=str(error))
@@ -92,6 +133,12 @@ class Recovery(Volumes):
             return
         for found in [Found(mapper, each.record) for each in mapper.volumes()]:
             record = found.record
+            if self.is_hidden(mapper, record):
+                # A move that was cut short before the volume had moved.
+                self._live[mapper.backend].forget(record.layer)
+                if record.id in held:
+                    self._let_go(mapper, record)
+                continue
             in_use = self.is_open(record.id) or record.id in self._table.awaited
             if record.writable and (record.layer in live or record.id in held) and not in_use:
                 try:
@@ -99,6 +146,17 @@ class Recovery(Volumes):
                         log.info("recovered", volume=record.name, size=opened.size)
                 except ArchipError as error:
                     log.error("not recovered", volume=record.name, error=str(error))
+
+    def _let_go(self, mapper: Mapper, replica: VolumeRecord) -> None:
+        opened = self._table.volumes.get(replica.id)
+        if opened is None or opened.control.acquire(blocking=False):  # else it is just being moved
+            try:
+                mapper.locks.let_go(replica.id)
+            except ArchipError as error:
+                log.error("lock of a replica not given back", volume=replica.name, error=str(error))
+            finally:
+                if opened is not None:
+                    opened.control.release()
 
     def reclaim(self) -> None:
         """Delete the layers that removed volumes have left; does nothing when none was removed."""

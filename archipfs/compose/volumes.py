@@ -13,7 +13,7 @@ import msgspec
 from archipfs.blockers.contract import Space
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
-from archipfs.compose.volume import EngineUser, OpenVolume
+from archipfs.compose.volume import EngineUser, Home, OpenVolume
 from archipfs.errors import AlreadyExists, Busy, NotFound, ObjectMissing, ReadOnlyVolume
 from archipfs.map.mapper import Mapper
 from archipfs.map.names import check_name
@@ -56,6 +56,7 @@ class Volumes:
         self._mappers = mappers
         self._sealed = sealed
         self._default_backend = default_backend
+        self._live_bitmaps = live
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
@@ -64,6 +65,34 @@ class Volumes:
     def add_engine_user(self, user: EngineUser) -> None:
         """Have it told of the engines of all volumes that are opened from now on."""
         self._engine_users.append(user)
+
+    # Backends. Readers go through them at any time: what they go through is replaced and never changed.
+
+    def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
+        """Use one more, in which names are looked for last."""
+        name = mapper.backend
+        self._live = {**self._live, name: self._live_bitmaps.of(mapper.store.id)}
+        self._sealed = {**self._sealed, name: sealed}
+        self._mappers = {**self._mappers, name: mapper}
+
+    def drop_backend(self, name: str) -> tuple[Mapper, SealedStore]:
+        """Use it no more; returns what ``add_backend`` takes. Raises ``Busy`` if a volume of it is open."""
+        mapper = self.mapper(name)
+        with self._table.changed:
+            for volume, opened in self._table.volumes.items():
+                if opened.mapper is mapper:
+                    raise Busy(f"{mapper.catalog.volume(volume).record.name} in backend {name} is open; close it first")
+            if any(mapper.catalog.get(VolumeRecord, volume) for volume in self._table.awaited):
+                raise Busy(f"a volume in backend {name} is open; close it first")
+            self._mappers = {other: each for other, each in self._mappers.items() if other != name}
+            if self._default_backend == name:
+                self._default_backend = next(iter(self._mappers))
+        return mapper, self._sealed[name]
+
+    @property
+    def default_backend(self) -> str:
+        """Where volumes are made when no backend is named."""
+        return self._default_backend
 
     # Looking
 
@@ -80,7 +109,7 @@ class Volumes:
         check_name(name)
         for mapper in self._mappers.values():
             found = mapper.find(name)
-            if found is not None:
+            if found is not None and not self.is_hidden(mapper, found.record):
                 return Found(mapper, self._as_open(found.record))
         raise NotFound(f"no volume is called {name}; see `archip volume-list`")
 
@@ -90,11 +119,28 @@ class Volumes:
         record = opened.present_record() if opened is not None else None
         if opened is not None and record is not None:
             return Found(opened.mapper, record)
+        found = self._stored(volume)
+        if found is None:
+            raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+        return found
+
+    def _stored(self, volume: VolumeId) -> Found | None:
+        """The volume of that id, removed or not, that is no hidden replica; where it lives on if it was moved."""
         for mapper in self._mappers.values():
             found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                return Found(mapper, found.record)
-        raise NotFound(f"no volume has the id {volume}; see `archip volume-list`")
+            if found is None or found.record.moved_to is not None or self.is_hidden(mapper, found.record):
+                continue
+            return Found(mapper, found.record)
+        return None
+
+    def is_hidden(self, mapper: Mapper, record: VolumeRecord) -> bool:
+        """Whether this volume in ``mapper`` is the replica of one that this node has: nothing resolves to it."""
+        replica = record.replica_of
+        original = next((each for each in self._mappers.values() if replica and each.store.id == replica.store), None)
+        if replica is None or original is None:
+            return False
+        found = original.catalog.get(VolumeRecord, record.id) if replica.arriving else None
+        return found is None or found.record.moved_to != mapper.store.id
 
     def find_again(self, found: Found) -> Found:
         """The volume as it is now. Raises ``NotFound``.
@@ -108,9 +154,15 @@ class Volumes:
         seen = set()
         for mapper in self._mappers.values():
             for found in mapper.volumes():
-                if found.record.name not in seen:
+                if found.record.name not in seen and not self.is_hidden(mapper, found.record):
                     seen.add(found.record.name)
                     yield Found(mapper, self._as_open(found.record))
+
+    def volumes_in(self, backend: str) -> Iterator[Found]:
+        """All that lie in one backend, in no order, also those that no name leads to from here."""
+        mapper = self.mapper(backend)
+        for found in mapper.volumes():
+            yield Found(mapper, found.record if self.is_hidden(mapper, found.record) else self._as_open(found.record))
 
     def open_volumes(self) -> list[OpenVolume]:
         with self._table.changed:
@@ -188,14 +240,11 @@ class Volumes:
         ``generation`` is that of the lock it had then, 0 if it had none. If that lock was broken meanwhile, somebody
         else may have written: the volume is fenced, since whoever has it open believes in what was there before.
         """
-        for mapper in self._mappers.values():
-            found = mapper.catalog.get(VolumeRecord, volume)
-            if found is not None:
-                break
-        else:
+        found = self._stored(volume)
+        if found is None:
             raise NotFound(f"no volume has the id {volume}; it was open, and is gone")
         self._table.awaited.add(volume)
-        opened = self._join(Found(mapper, found.record))
+        opened = self._join(found)
         try:
             with opened.control:
                 if not opened.started:
@@ -248,8 +297,10 @@ class Volumes:
         return opened
 
     def _make_open(self, found: Found) -> OpenVolume:
-        backend = found.mapper.backend
-        return OpenVolume(found.mapper, self._live[backend], self._sealed[backend], found.record.id, self._engine_users)
+        return OpenVolume(self._home(found.mapper), found.record.id, self._engine_users)
+
+    def _home(self, mapper: Mapper) -> Home:
+        return Home(mapper, self._live[mapper.backend], self._sealed[mapper.backend])
 
     def _forget_unused(self, opened: OpenVolume) -> None:
         with self._table.changed:
@@ -272,6 +323,7 @@ class Volumes:
         if not found.record.writable:
             raise ReadOnlyVolume(f"{found.record.name} is a snapshot and does not change; clone it to write")
         with self.using(found) as opened, opened.control:
+            self._refuse_elsewhere(found, opened)
             opened.own()
             yield opened
 
@@ -280,8 +332,10 @@ class Volumes:
         """Hold the volume's lock, open or not, without opening it. Raises ``LockHeld`` if another node has it."""
         opened = self._join(found)
         try:
-            with opened.control, self._lock_held(found, opened):
-                yield opened
+            with opened.control:
+                self._refuse_elsewhere(found, opened)
+                with self._lock_held(found, opened):
+                    yield opened
         finally:
             self.release(opened)
 
@@ -304,7 +358,7 @@ class Volumes:
 
     @contextmanager
     def _lock_held(self, found: Found, opened: OpenVolume) -> Iterator[None]:
-        if not found.record.writable or (opened.started and opened.owned):
+        if not found.record.writable or (opened.started and opened.owned and not opened.fenced):
             yield
             return
         called = str(found.record.name)
@@ -315,7 +369,7 @@ class Volumes:
             self._refuse_moved(found)
             yield
         finally:
-            if not was_ours and not (opened.started and opened.owned):
+            if not was_ours and not (opened.started and opened.owned and not opened.fenced):
                 found.mapper.locks.give_back(found.record.id, Hold.IO, called=called)
 
     # Helpers
@@ -360,6 +414,11 @@ class Volumes:
         now = found.mapper.find(str(found.record.name))
         if now is None or now.record.id != found.record.id:
             raise NotFound(f"{found.record.name} has just been removed or renamed; see `archip volume-list`")
+
+    def _refuse_elsewhere(self, found: Found, opened: OpenVolume) -> None:
+        """Raises ``Busy`` if it was moved to another backend since it was found; its ``control`` is held."""
+        if opened.mapper is not found.mapper:
+            raise Busy(f"{found.record.name} has just been moved to backend {opened.mapper.backend}; try again")
 
     def _refuse_held(self, found: Found, doing: str) -> None:
         lock = found.mapper.locks.holder(found.record.id)
