@@ -1,9 +1,10 @@
-"""Fixtures for tests that need a mount: private instances that are always taken away and looked at afterwards."""
+"""Fixtures for tests that need a mount or a Ceph cluster, which are always taken away and looked at afterwards."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.lib.ceph import Cluster, cluster
 from tests.lib.instance import Instance, instances
 
 MakeInstance = Callable[..., Instance]
@@ -41,3 +42,16 @@ def shared_mount(shared_instance: Instance) -> Iterator[Instance]:
     problems = shared_instance.empty()
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def ceph_cluster() -> Iterator[Cluster]:
+    """One cluster with one OSD, for all tests; a test that stops something in it brings it back."""
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def ceph_backend(ceph_cluster: Cluster) -> dict[str, str]:
+    """The options of a backend in that cluster: the restricted user's, in a namespace that nothing has used yet."""
+    return ceph_cluster.options()

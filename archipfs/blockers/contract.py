@@ -186,11 +186,15 @@ class Blocker(ABC):
 
     @abstractmethod
     def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
-        """Open one that exists. ``claim``: under which it is written, see :meth:`claim`."""
+        """Open one that exists. ``claim``: under which it is written; it must have been made, see :meth:`claim`."""
 
     @abstractmethod
     def delete_data(self, key: str) -> None:
-        """Remove it, durably. Those who have it open may go on using what they opened."""
+        """Remove it, durably.
+
+        Those who have it open go on reading it or get ``ObjectMissing``, never other bytes, unless somebody still
+        writes to it.
+        """
 
     @abstractmethod
     def list_data(self, kind: str) -> Iterator[str]:

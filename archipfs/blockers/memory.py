@@ -94,7 +94,7 @@ class _Sparse:
 
 @dataclass(slots=True, eq=False)
 class _Claim:
-    """What a blocker has claimed, or opened objects under."""
+    """What a blocker has claimed."""
 
     key: str
     lost: bool = False
@@ -314,7 +314,9 @@ class MemoryBlocker(Blocker):
                 raise ObjectMissing(f"opening {key}: no such object; check the store with `archip check`")
             under = None
             if claim is not None and self._shares:
-                under = self._claims.setdefault(claim, _Claim(claim))
+                under = self._claims.get(claim)
+                if under is None:
+                    raise StoreError(f"opening {key}: {claim} is not claimed; claim it first")
         return MemoryDataObject(self, content, key, writable=writable, claim=under)
 
     def delete_data(self, key: str) -> None:

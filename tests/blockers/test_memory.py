@@ -2,9 +2,10 @@
 
 import pytest
 
+from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker, MemoryStore
-from archipfs.errors import InvalidInput, NotSupported
-from tests.blockers.claims import ClaimConformance
+from archipfs.errors import InvalidInput, NotSupported, StoreError
+from tests.blockers.claims import Call, ClaimConformance
 from tests.blockers.conformance import Conformance, Store
 
 
@@ -32,6 +33,16 @@ class TestMemoryOfSeveralClients(Conformance, ClaimConformance):
     def store(self) -> Store:
         store = MemoryStore()
         return Store(lambda: MemoryBlocker(store))
+
+    def test_closing_ends_what_waits(self, here: Blocker, there: Blocker) -> None:
+        here.create_data("layer/a").close()
+        there.claim("lock/a", "there/1")
+        data = there.open_data("layer/a", writable=True, claim="lock/a")
+        here.shut_out("lock/a")
+        waiting = Call(lambda: data.pwrite(0, b"a"))
+        assert waiting.waits
+        data.close()
+        assert isinstance(waiting.end(), StoreError)
 
     def test_only_a_client_of_the_same_store_can_be_adopted(self) -> None:
         with pytest.raises(InvalidInput):
