@@ -157,6 +157,10 @@ class SealedStore:
         resolver = _Resolver(self, Digest(bytes.fromhex(record.sealed.root)))
         return EngineLayer.sealed(record.id, self._shared.table, resolver)
 
+    def pack_cache(self) -> CacheStatistics | None:
+        """Of the node's pack cache, if there is one yet."""
+        return self._shared.pack_statistics()
+
     def forget(self, packs: Iterable[PackId]) -> None:
         """Packs were deleted, or damaged ones were mended: find everything anew."""
         self.chunks.forget(packs)
