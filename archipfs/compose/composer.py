@@ -9,6 +9,7 @@ crash left behind is recovered before anything else happens to it. Each kind of 
 ``changing``     rename, resize, rollback, remove, copies of ranges, attributes
 ``seals``        sealing, import
 ``locking``      locks that people ask for; ours that others break
+``returning``    being shut out of a store, and coming back
 ``replicas``     copies in another backend
 ``moving``       going over to another backend
 ``recovery``     after a crash, after a removal, and at the end

@@ -2,7 +2,7 @@
 
 import structlog
 
-from archipfs.compose.volumes import Volumes
+from archipfs.compose.returning import Returning
 from archipfs.errors import ArchipError, Fenced
 from archipfs.map.records import Hold, LockRecord
 from archipfs.types import VolumeId
@@ -10,7 +10,7 @@ from archipfs.types import VolumeId
 log = structlog.get_logger()
 
 
-class Locking(Volumes):
+class Locking(Returning):
     def lock(self, name: str) -> LockRecord:
         found = self.find(name)
         return found.mapper.locks.take(found.record.id, Hold.LOCKED, called=name)
@@ -19,9 +19,11 @@ class Locking(Volumes):
         """``force`` breaks the lock of whoever has it: that one writes no more. Ours is given back, not broken."""
         found = self.find(name)
         lock = found.mapper.locks.holder(found.record.id)
-        if force and lock is not None and not found.mapper.locks.is_ours(lock):
+        if force and (lock is None or not found.mapper.locks.is_ours(lock)):
+            # A free one too: an attempt before may have freed it, and not have come to shut its owner out.
             found.mapper.locks.break_(found.record.id)
-            log.warning("lock broken", volume=name, owner=lock.host, node=lock.node)
+            if lock is not None:
+                log.warning("lock broken", volume=name, owner=lock.host, node=lock.node)
             return
         found.mapper.locks.give_back(found.record.id, Hold.LOCKED, called=name)
 
@@ -35,8 +37,16 @@ class Locking(Volumes):
         found = self.find(name)
         found.mapper.locks.give_back(found.record.id, Hold.OPENED, called=name)
 
+    def watch_locks(self) -> list[VolumeId]:
+        """To be called every now and then: see whether others have broken our locks. Returns the volumes fenced by
+        that."""
+        return [*self.return_to_stores(), *self.verify_leases()]
+
     def verify_leases(self) -> list[VolumeId]:
-        """Fence the volumes whose locks were broken; which ones that is true of now."""
+        """Fence the volumes whose locks were broken; which ones that is true of now.
+
+        Where the store shuts out, it is that by which we learn of it.
+        """
         fenced = []
         for opened in self.open_volumes():
             if not opened.control.acquire(blocking=False):

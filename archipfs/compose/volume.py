@@ -697,8 +697,9 @@ class OpenVolume:
         self.mapper.locks.give_up(self.id)
 
     def settle_cast_out(self) -> None:
-        """Nobody is at work with the volume any more; nor will be in a call of its engine."""
-        self._end()
+        """Return when nobody is in a call of the engine any more that was cast out."""
+        if self._fenced:
+            self._end()
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
         try:

@@ -277,10 +277,11 @@ async def _collect_garbage(node: Node) -> None:
 async def _watch_locks(node: Node, mount: Mount) -> None:
     """Every now and then see whether others have broken our locks, and have the kernel forget what it caches then."""
     threads = trio.CapacityLimiter(1)
+    node.composer.begin_watching_stores()
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         try:
-            for volume in await trio.to_thread.run_sync(node.composer.verify_leases, limiter=threads):
+            for volume in await trio.to_thread.run_sync(node.composer.watch_locks, limiter=threads):
                 await mount.operations.invalidate(inode_of(volume))
         except Exception:
             log.exception("bug", chore="watch locks")

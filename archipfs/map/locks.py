@@ -178,7 +178,7 @@ class Locks:
     def _break_record(self, volume: VolumeId) -> None:
         while True:
             found = self._catalog.lock(volume)
-            if found is None:
+            if found is None or found.record.node is None:
                 return
             freed = self._with_holds(found.record, ())
             broken = msgspec.structs.replace(

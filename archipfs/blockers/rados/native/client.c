@@ -190,14 +190,18 @@ bool ra_client_is_shut_out(struct ra_client *client) {
     return shut_out;
 }
 
+static struct ra_connection *connection_of(struct ra_client *client) {
+    pthread_mutex_lock(&client->mutex);
+    struct ra_connection *connection = client->connection;
+    atomic_fetch_add(&connection->references, 1);
+    pthread_mutex_unlock(&client->mutex);
+    return connection;
+}
+
 void ra_client_adopt(struct ra_client *client, struct ra_client *successor) {
     if (client == successor)
         return;
-    pthread_mutex_lock(&successor->mutex);
-    struct ra_connection *connection = successor->connection;
-    atomic_fetch_add(&connection->references, 1);
-    pthread_mutex_unlock(&successor->mutex);
-
+    struct ra_connection *connection = connection_of(successor);
     pthread_mutex_lock(&client->mutex);
     struct ra_connection *former = client->connection;
     client->connection = connection;
@@ -208,19 +212,16 @@ void ra_client_adopt(struct ra_client *client, struct ra_client *successor) {
 }
 
 int ra_client_addresses(struct ra_client *client, char *addresses, size_t addresses_bytes) {
-    struct ra_call call = {.client = client};
-    int result = ra_call_begin(&call);
-    if (result < 0)
-        return result;
+    struct ra_connection *connection = connection_of(client);
     char *found = NULL;
-    result = call.connection->library.getaddrs(call.connection->cluster, &found);
+    int result = connection->library.getaddrs(connection->cluster, &found);
     if (result == 0) {
         int length = snprintf(addresses, addresses_bytes, "%s", found);
-        call.connection->library.buffer_free(found);
+        connection->library.buffer_free(found);
         if (length < 0 || (size_t)length >= addresses_bytes)
             result = -ERANGE;
     }
-    ra_call_again(&call, result);
+    connection_drop(connection);
     return result;
 }
 
