@@ -132,12 +132,12 @@ class Connection:
         ``doing`` names the operation and its object. Raises ``ShutOut`` without asking the cluster if that is known.
         """
         with self._changed:
+            if self.is_shut_out:
+                raise store_error(errno.ESHUTDOWN, doing)
             if self._references <= 0:
                 raise StoreError(f"{doing}: the store was closed; open it again")
             self._calls += 1
         try:
-            if self.is_shut_out:
-                raise store_error(errno.ESHUTDOWN, doing)
             yield
         except self.rados.Error as error:
             raise self.store_error(error, doing) from error
