@@ -136,3 +136,31 @@ def test_kills_of_the_daemon_while_a_volume_moves(make_instance: MakeInstance) -
         move(instance, "vm1", "default", "fast")
     stream.expect_prefix(read_all(path), stream.acknowledged, stream.issued)
     wait_until(lambda: not list((instance.store / "data" / "layer").iterdir()), "nothing is left where it was")
+
+
+@pytest.mark.ceph
+def test_from_a_directory_to_ceph_and_back(mount: Instance, ceph_backend: dict[str, str]) -> None:
+    options = [each for name, value in ceph_backend.items() for each in (f"--{name}", value)]
+    assert mount.archip("backend-create", "ceph", "--driver", "rados", *options).stderr == ""
+    path = create(mount.path / "vm1", SIZE)
+    stream = Stream(1, 0, 1500)
+    with threads([writer(stream, path)], seconds=60):
+        wait_until(lambda: stream.issued > 200, "it is being written")
+        mount.snapshot("vm1", "vm1@monday")
+        mount.archip("volume-seal", "vm1@monday")
+        first = mount.json("backend-sync", "--origin", "default", "--target", "ceph")
+        assert (sorted(first["copied"]), first["passed_over"]) == (["vm1", "vm1@monday"], [])
+        for origin, target in (("default", "ceph"), ("ceph", "default"), ("default", "ceph")):
+            before = stream.acknowledged
+            move(mount, "vm1", origin, target)
+            wait_until(lambda before=before: stream.acknowledged > before + 20, "it goes on")
+    stream.expect_prefix(read_all(path), stream.acknowledged, stream.issued)
+    monday = read_all(mount.path / "vm1@monday")
+    mount.remount()
+    stream.expect_prefix(read_all(path), stream.acknowledged, stream.issued)
+    mount.archip("volume-move", "vm1@monday", "--from", "default", "--to", "ceph")
+    assert read_all(mount.path / "vm1@monday") == monday
+    assert where(mount) == {"vm1": "ceph", "vm1@monday": "ceph"}
+    again = mount.json("backend-sync", "--origin", "ceph", "--target", "default")
+    assert again["passed_over"] == []
+    assert mount.json("backend-sync", "--origin", "ceph", "--target", "default")["copied"] == []
