@@ -69,6 +69,12 @@ static void stack_free(struct ae_stack *stack) {
     free(stack);
 }
 
+/* With the gate held, or before anybody else knows the volume. */
+static void stack_set(struct ae_volume *volume, struct ae_stack *stack) {
+    volume->current = stack;
+    atomic_store(&volume->waits, stack->layers[0]->data.waits);
+}
+
 /* With the gate held: whether that was the last hold, and the caller has to free the stack outside. */
 static bool stack_unhold(struct ae_stack *stack) { return --stack->holds == 0 && stack->calls == 0; }
 
@@ -237,7 +243,7 @@ int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, 
         free(volume);
         return -ENOMEM;
     }
-    volume->current = stack;
+    stack_set(volume, stack);
     volume->writable = writable;
     atomic_init(&volume->size, size);
     atomic_init(&volume->changed_ns, 0);
@@ -288,7 +294,7 @@ int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
 
     pthread_mutex_lock(&volume->gate);
     ae_layer_remember_size(head, atomic_load(&volume->size));
-    volume->current = fresh;
+    stack_set(volume, fresh);
     volume->draining = old;
     volume->draining_size = atomic_load(&volume->size);
     while (old->calls > 0 || volume->lingering > 0)
@@ -336,7 +342,7 @@ int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, 
 
     pthread_mutex_lock(&volume->gate);
     struct ae_stack *old = volume->current;
-    volume->current = fresh;
+    stack_set(volume, fresh);
     atomic_store(&volume->size, size);
     pthread_mutex_unlock(&volume->gate);
 
@@ -370,7 +376,7 @@ int ae_volume_rebase(struct ae_volume *volume, const uint8_t layer[16], struct a
         return -ENOMEM;
 
     pthread_mutex_lock(&volume->gate);
-    volume->current = fresh;
+    stack_set(volume, fresh);
     old->lingering = true;
     volume->lingering += old->calls;
     bool unused = stack_unhold(old);
@@ -505,18 +511,24 @@ int ae_flush(struct ae_volume *volume) { return flush_layers(volume, 0); }
 int ae_volume_flush_parents(struct ae_volume *volume) { return flush_layers(volume, 1); }
 
 int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size) {
-    size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
-    if (present_bytes > PATH_MAX || following_bytes > PATH_MAX)
-        return -ENAMETOOLONG;
-    char *paths = malloc(present_bytes + following_bytes);
-    if (paths == NULL)
-        return -ENOMEM;
-    memcpy(paths, present, present_bytes);
-    memcpy(paths + present_bytes, following, following_bytes);
+    struct ae_guard guard = {.stands = true, .size = size};
+    if ((present == NULL) != (following == NULL))
+        return -EINVAL;
+    if (present != NULL) {
+        size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
+        if (present_bytes > PATH_MAX || following_bytes > PATH_MAX)
+            return -ENAMETOOLONG;
+        guard.paths_bytes = present_bytes + following_bytes;
+        guard.paths = malloc(guard.paths_bytes);
+        if (guard.paths == NULL)
+            return -ENOMEM;
+        memcpy(guard.paths, present, present_bytes);
+        memcpy(guard.paths + present_bytes, following, following_bytes);
+    }
 
     pthread_mutex_lock(&volume->gate);
     char *old = volume->guard.paths;
-    volume->guard = (struct ae_guard){.paths = paths, .paths_bytes = present_bytes + following_bytes, .size = size};
+    volume->guard = guard;
     pthread_mutex_unlock(&volume->gate);
     free(old);
     return 0;
@@ -538,16 +550,19 @@ int ae_sync(struct ae_volume *volume) {
     char paths[2 * PATH_MAX];
     pthread_mutex_lock(&volume->gate);
     const struct ae_guard *guard = &volume->guard;
-    bool usable = volume->writable && guard->paths != NULL && guard->size == atomic_load(&volume->size);
-    if (usable)
+    bool stands = volume->writable && guard->stands && guard->size == atomic_load(&volume->size);
+    bool looks = stands && guard->paths != NULL;
+    if (looks)
         memcpy(paths, guard->paths, guard->paths_bytes);
     pthread_mutex_unlock(&volume->gate);
-    if (!usable || !guard_holds(paths, paths + strlen(paths) + 1))
+    if (!stands || (looks && !guard_holds(paths, paths + strlen(paths) + 1)))
         return -EAGAIN;
     return ae_flush(volume);
 }
 
 /* Looking */
+
+bool ae_volume_waits(const struct ae_volume *volume) { return atomic_load(&volume->waits); }
 
 uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
 

@@ -24,6 +24,7 @@
 
 #include "answer.h"
 #include "buffer.h"
+#include "engine.h"
 #include "pending.h"
 #include "seats.h"
 #include "session.h"
@@ -136,7 +137,7 @@ static bool serve(struct af_server *server, const struct af_request *request, ch
     struct af_result result;
     bool reads = request->kind == AF_READ;
     if (!reads || !af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
-        if (reads || request->kind == AF_SYNC)
+        if (reads || request->kind == AF_SYNC || front->options.engine->waits(entry->volume))
             af_call_waits(server);
         af_serve(front->options.engine, entry, request, buffer, &result);
     }
