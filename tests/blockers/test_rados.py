@@ -22,7 +22,7 @@ from archipfs.blockers.rados.claims import LOCK
 from archipfs.blockers.rados.connection import Connection
 from archipfs.blockers.rados.omap import Condition, Is, change, read, scan
 from archipfs.blockers.rados.settings import Settings
-from archipfs.errors import ShutOut, StoreError, StoreFull, StoreUnavailable, TooLarge
+from archipfs.errors import NotSupported, ShutOut, StoreError, StoreFull, StoreUnavailable, TooLarge
 from tests.blockers.claims import ClaimConformance
 from tests.blockers.conformance import Conformance, Store, check_churn, churn, run_threads
 from tests.blockers.fake_omap import FakeOmap
@@ -133,6 +133,16 @@ def test_a_user_of_one_namespace_has_all_that_a_store_needs(
         assert here.space().total_bytes > 0
     with pytest.raises(StoreError, match="EPERM"):
         RadosBlocker.from_options(**{**options, "namespace": "another"})
+
+
+def test_an_erasure_coded_pool(ceph_cluster: Cluster, ceph_backend: Options) -> None:
+    pool = "coded"
+    ceph_cluster.ceph("osd", "pool", "create", pool, "1", "1", "erasure")
+    try:
+        with pytest.raises(NotSupported, match="pool coded is erasure-coded"):
+            RadosBlocker.create(**{**ceph_backend, "pool": pool})
+    finally:
+        ceph_cluster.ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
 
 
 def test_closing(ceph_backend: Options) -> None:

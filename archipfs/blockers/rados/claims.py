@@ -17,7 +17,8 @@ Claiming
 Giving up
     1. The native client ends what is under way, and gives its lock up. Where a write of it may still arrive, it keeps
        it, so that whoever claims next shuts it out.
-    2. Read who holds the lock. Only we: remove the object, if it is still at that version. Else, give our lock up.
+    2. Read who holds the lock. Nobody but us and those on the blocklist: remove the object, if it is still at that
+       version. Else, give our lock up.
 
 Why nothing of who was shut out arrives any more
     An OSD refuses what comes from an address that its map has on the blocklist. OSDs learn of a new map at different
@@ -85,7 +86,7 @@ class Claims:
         try:
             self._native.disclaim(key)
             found = self._read(key)
-            if found.addresses() <= {self._connection.address}:
+            if found.addresses() <= {self._connection.address} | self._gone:
                 self._remove(key, found)
                 return
             for locker in found.lock.lockers:
