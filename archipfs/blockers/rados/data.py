@@ -115,6 +115,11 @@ class NativeClient:
         _check(result, "asking for the client's addresses")
         return [each for each in ffi.string(found).decode().split(",") if each]
 
+    def wait_for_latest_map(self) -> None:
+        """From then on, who was shut out before is refused wherever we have been: see ``claims``."""
+        result = lib.ra_client_wait_for_latest_map(self._open_client())
+        _check(result, "waiting for the cluster's newest map")
+
     @property
     def is_shut_out(self) -> bool:
         """Whether an operation came back with ESHUTDOWN."""

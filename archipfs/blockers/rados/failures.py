@@ -19,7 +19,7 @@ from archipfs.errors import (
     TooLarge,
 )
 
-_UNREACHABLE = (
+UNREACHABLE = (
     errno.ETIMEDOUT,
     errno.ENOTCONN,
     errno.EHOSTDOWN,
@@ -38,15 +38,16 @@ _ERRORS: dict[int, tuple[type[ArchipError], str]] = {
     errno.ESHUTDOWN: (ShutOut, "another node has broken a lock of this one; wait until it has connected again"),
     errno.EBUSY: (Busy, "another owner has it claimed"),
     errno.EFBIG: (TooLarge, "keep it within what the driver can store"),
+    errno.EMSGSIZE: (TooLarge, "an object that is written at once is at most osd_max_write_size, 90 MiB by default"),
     errno.EINVAL: (InvalidInput, "this is a bug in the caller, please report it"),
-    errno.EOPNOTSUPP: (NotSupported, "use a replicated pool, or one with allow_ec_overwrites for data"),
+    errno.EOPNOTSUPP: (NotSupported, "use a replicated pool"),
     errno.EACCES: (StoreError, "give the user the capabilities that docs/operations.md names"),
     errno.EPERM: (StoreError, "give the user the capabilities that docs/operations.md names"),
     errno.EBADF: (StoreError, "it was closed, or opened for reading only; open it again"),
     errno.EUCLEAN: (ObjectDamaged, "its header is damaged; check the store with `archip check`"),
     errno.EPROTONOSUPPORT: (FormatTooNew, "it was written by a later archipfs; use that one"),
     errno.ENOPKG: (StoreUnavailable, "apt install librados2"),
-} | dict.fromkeys(_UNREACHABLE, (StoreUnavailable, "check with `ceph status` that the cluster answers"))
+} | dict.fromkeys(UNREACHABLE, (StoreUnavailable, "check with `ceph status` that the cluster answers"))
 
 
 def store_error(number: int, doing: str) -> ArchipError:

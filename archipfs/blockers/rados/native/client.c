@@ -225,6 +225,16 @@ int ra_client_addresses(struct ra_client *client, char *addresses, size_t addres
     return result;
 }
 
+int ra_client_wait_for_latest_map(struct ra_client *client) {
+    struct ra_call call = {.client = client};
+    int result = ra_call_begin(&call);
+    if (result < 0)
+        return result;
+    result = call.connection->library.wait_for_latest_osdmap(call.connection->cluster);
+    ra_call_again(&call, result);
+    return result;
+}
+
 int ra_check_length(const char *text, size_t bytes_max) { return strlen(text) <= bytes_max ? 0 : -EINVAL; }
 
 int ra_client_use(struct ra_client *client, const char *claim_key, struct ra_claim **claim) {

@@ -29,6 +29,7 @@ typedef void (*ra_callback)(ra_completion completion, void *argument);
     F(int, connect, (ra_cluster cluster))                                                                              \
     F(void, shutdown, (ra_cluster cluster))                                                                            \
     F(int, getaddrs, (ra_cluster cluster, char **addresses))                                                           \
+    F(int, wait_for_latest_osdmap, (ra_cluster cluster))                                                               \
     F(void, buffer_free, (char *buffer))                                                                               \
     F(int, ioctx_create, (ra_cluster cluster, const char *pool, ra_ioctx *io))                                         \
     F(void, ioctx_set_namespace, (ra_ioctx io, const char *name))                                                      \

@@ -51,6 +51,12 @@ bool ra_client_is_shut_out(struct ra_client *client);
 int ra_client_addresses(struct ra_client *client, char *addresses, size_t addresses_bytes);
 
 /*
+ * Wait until this client has the cluster's newest map. OSDs that get anything from it later do not look at that before
+ * they have the same map: so whoever another client has put on the blocklist by then is refused before us.
+ */
+int ra_client_wait_for_latest_map(struct ra_client *client);
+
+/*
  * Go on by the connection of `successor`, which goes on too. What was opened under a claim waits until that is made
  * again.
  */
