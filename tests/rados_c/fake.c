@@ -448,6 +448,15 @@ API void rados_shutdown(void *cluster) {
     free(client);
 }
 
+API int rados_wait_for_latest_osdmap(void *cluster) {
+    struct client *client = cluster;
+    pthread_mutex_lock(&mutex);
+    INSIST(client->connected);
+    int result = client->blocklisted ? -ESHUTDOWN : 0;
+    pthread_mutex_unlock(&mutex);
+    return result;
+}
+
 API int rados_getaddrs(void *cluster, char **addresses) {
     *addresses = strdup(((struct client *)cluster)->address);
     return *addresses != NULL ? 0 : -ENOMEM;

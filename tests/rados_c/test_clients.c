@@ -153,11 +153,13 @@ static void test_who_waits_goes_on_when_the_claim_is_there_again(void) {
     char byte = 9;
     CHECK_EQUAL(ra_data_read(free_one, &byte, 1, 0), -ESHUTDOWN);
     CHECK_EQUAL(ra_claim(client, "lock/c", "node/1"), -ESHUTDOWN);
+    CHECK_EQUAL(ra_client_wait_for_latest_map(client), -ESHUTDOWN);
 
     struct ra_client *successor = client_open(0);
     ra_client_adopt(client, successor);
     ra_client_close(successor);
     CHECK(!ra_client_is_shut_out(client));
+    CHECK_EQUAL(ra_client_wait_for_latest_map(client), 0);
     CHECK_EQUAL(ra_data_read(free_one, &byte, 1, 0), 0);
     CHECK_EQUAL(byte, 0);
     CHECK(!call_is_done(&write) && !call_is_done(&never));
