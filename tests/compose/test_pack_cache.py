@@ -18,7 +18,7 @@ from archipfs.compose.engine import EngineLayer, EngineVolume, ExtentTable, Regi
 from archipfs.compose.pack_cache import PackCache
 from archipfs.compose.sealed import Shared
 from archipfs.errors import StoreError, StoreUnavailable
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
 from tests.compose.test_sealed import noise
 from tests.compose.world import World
 
@@ -228,7 +228,7 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
     maker.close_all()
 
     node = world.composer(host="two")
-    shared_of(node)._objects_bytes_max = 64 << 20
+    shared_of(node)._packs_bytes_max = 64 << 20
     reads_of(world).reads.clear()
     for number in range(100):
         node.clone("image", f"vm{number}")
@@ -252,17 +252,3 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
 
 def shared_of(composer: Composer) -> Shared:
     return composer.sealed_store(composer.mapper())._shared
-
-
-def test_both_caches_share_what_they_may_take(tmp_path: Path) -> None:
-    def objects_size(shared: Shared) -> int:
-        shared.objects.read(Digest(bytes(32)), 0, 1, lambda: b"x")
-        size = (shared.directory / "objects").stat().st_size
-        shared.close()
-        return size
-
-    alone = Shared(tmp_path, table_bytes_max=0, objects_bytes_max=64 << 20)
-    assert objects_size(alone) > 64 << 20
-    (tmp_path / "cache" / "packs").mkdir()
-    shared = Shared(tmp_path, table_bytes_max=0, objects_bytes_max=64 << 20)
-    assert 32 << 20 < objects_size(shared) < 33 << 20
