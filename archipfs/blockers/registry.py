@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.file import FileBlocker
 from archipfs.blockers.memory import MemoryBlocker
+from archipfs.blockers.rados.binding import load_rados
 from archipfs.blockers.rados.blocker import RadosBlocker
 from archipfs.errors import InvalidConfig, InvalidInput
 
@@ -18,6 +19,8 @@ class Driver:
     optional: frozenset[str]
     create: Callable[..., Blocker]
     open: Callable[..., Blocker]
+    check: Callable[[], object] = lambda: None
+    """Raises ``StoreUnavailable`` where something is not installed that it needs."""
 
 
 DRIVERS: dict[str, Driver] = {
@@ -26,11 +29,13 @@ DRIVERS: dict[str, Driver] = {
     "rados": Driver(
         frozenset({"pool"}),
         frozenset({"conf", "user", "keyring", "namespace", "timeout", "operation_timeout"}),
+        RadosBlocker.create,
         RadosBlocker.from_options,
-        RadosBlocker.from_options,
+        load_rados,
     ),
 }
-"""``memory`` is an empty store each time: for tests."""
+FOR_TESTS = frozenset({"memory"})
+"""An empty store each time."""
 
 
 def create_blocker(driver: str, options: Mapping[str, object]) -> Blocker:

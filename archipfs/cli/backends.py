@@ -176,14 +176,8 @@ def backend_remove(instance: Instance, name: str, keep_data: bool, dry_run: bool
     """
     config = instance.config()
     refuse_last(config, name)
-    place = next(
-        (
-            str(config.backends[name].options[each])
-            for each in ("path", "pool")
-            if each in config.backends[name].options
-        ),
-        name,
-    )
+    options = config.backends[name].options
+    place = next((options[each] for each in ("path", "pool") if each in options), name)
     daemon = connect_daemon(config)
     if daemon is None and keep_data:
         # Without a look at the store, which may be gone.

@@ -177,6 +177,19 @@ def volume_import(
     return {**_made(made.made), "data": made.data_bytes, "added": made.added_bytes}
 
 
+def volume_move(node: Node, sent: Sent, name: str, origin: str, target: str) -> Answer:
+    """To another backend, where it is then, whether it came there just now or before."""
+    moved = node.composer.move(name, origin=origin, target=target, progress=sent.progress)
+    return {
+        "name": name,
+        "origin": origin,
+        "target": target,
+        "size": moved.record.size,
+        "added": moved.added_bytes,
+        "was_there": moved.was_there,
+    }
+
+
 def volume_lock(node: Node, name: str) -> Answer:
     return describe_lock(node.composer.lock(name))
 
@@ -420,6 +433,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-remove": volume_remove,
     "volume-seal": volume_seal,
     "volume-import": volume_import,
+    "volume-move": volume_move,
     "volume-lock": volume_lock,
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
@@ -442,5 +456,17 @@ NOT_TWICE = frozenset(
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
 
-LONG = frozenset({"backend-sync", "volume-seal", "volume-import", "volume-hash", "volume-diff", "check", "scrub", "gc"})
+LONG = frozenset(
+    {
+        "backend-sync",
+        "volume-move",
+        "volume-seal",
+        "volume-import",
+        "volume-hash",
+        "volume-diff",
+        "check",
+        "scrub",
+        "gc",
+    }
+)
 """Their functions are told how the command came too: they say how far they are."""

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ class _Life:
                     "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
                     "uptime": time.monotonic() - started,
                     "pause_ms": self.pause_ms,
+                    "pack_cache": asdict(cache) if (cache := node.composer.pack_cache()) is not None else None,
                 }
 
             token = trio.lowlevel.current_trio_token()

@@ -13,6 +13,9 @@ from archipfs.blockers.rados.failures import UNREACHABLE, store_error
 from archipfs.blockers.rados.settings import Settings
 from archipfs.errors import ArchipError, StoreError, StoreUnavailable
 
+ALSO_WHEN_FULL = 128
+"""LIBRADOS_OPERATION_FULL_FORCE, which the binding has no name for: not refused by a full pool, only by a full OSD."""
+
 
 class Connection:
     """A client. Thread-safe.
@@ -132,12 +135,12 @@ class Connection:
         ``doing`` names the operation and its object. Raises ``ShutOut`` without asking the cluster if that is known.
         """
         with self._changed:
+            if self.is_shut_out:
+                raise store_error(errno.ESHUTDOWN, doing)
             if self._references <= 0:
                 raise StoreError(f"{doing}: the store was closed; open it again")
             self._calls += 1
         try:
-            if self.is_shut_out:
-                raise store_error(errno.ESHUTDOWN, doing)
             yield
         except self.rados.Error as error:
             raise self.store_error(error, doing) from error

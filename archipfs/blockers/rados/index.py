@@ -20,10 +20,14 @@ Why a list never misses an object whose making returned, and lists no other but 
     that the entry is not his; then he looks who has it. If that is a removal, or nobody, he begins again: his object
     may be gone, or may be there without an entry. If it is another maker, he is done: the object is there, and an entry
     too, which says so or has everybody look.
-(b) A removal that finds at its end that somebody has put the entry to *there* makes it pending again: it may have
-    removed the object after the other one made it.
+(b) A removal that finds at its end that somebody is making the object, or has, may have removed it after that. It puts
+    a pending of its own there: so everybody looks, and the maker, whose entry that is not, does not say *there*.
 (c) Whoever dies leaves pending or removing, and then everybody looks. So it is with requests that arrive late, since
     all that a late one can put there is one of those two; putting *there*, and taking away, are conditional.
+(d) Only where one is made and removed at the same time *and* one of the two dies, something stays: if it is the maker,
+    perhaps an object without an entry, room that nobody gives back; if it is the removal, perhaps an entry that says
+    there of an object that is not, which the next removal takes away. Keys are not made again while they are removed:
+    a pack's says when it was made and by whom, a layer's is random.
 """
 
 import secrets
@@ -79,10 +83,13 @@ class Index:
         remove()
         if self._change(kind, ident, doing, was=entry):
             return
-        found = self._read(kind, ident, doing)
-        if found is not None and _state(self._area, kind, ident, found) is State.THERE:
-            # If it is not that any more, somebody else sees to it.
-            self._change(kind, ident, doing, was=found.decode(), put=_entry(State.PENDING))
+        for _ in range(_TRIES_MAX):
+            found = self._read(kind, ident, doing)
+            if found is None or _state(self._area, kind, ident, found) is State.REMOVING:
+                return
+            if self._change(kind, ident, doing, was=found.decode(), put=_entry(State.PENDING)):
+                return
+        raise StoreError(f"{doing}: others make it again and again; try later")
 
     def list(self, kind: str) -> Iterator[tuple[str, bool]]:
         """Idents, and whether the object is there for certain. Of the others, one has to look."""
