@@ -68,12 +68,23 @@ class Returning(Volumes):
     ) -> None:
         super().__init__(mappers, live, sealed, default_backend)
         self._outside = {name: _Outside() for name in mappers}
+        self._watching_stores = False
+
+    def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
+        self._outside[mapper.backend] = _Outside()
+        if self._watching_stores:
+            self._begin_watching(mapper)
+        super().add_backend(mapper, sealed)
 
     def begin_watching_stores(self) -> None:
         """From now on ``return_to_stores`` is called every now and then, so calls of a store may wait for it."""
+        self._watching_stores = True
         for mapper in self._mappers.values():
-            if mapper.blocker.shuts_out:
-                mapper.blocker.while_shut_out(functools.partial(self._wait_outside, mapper))
+            self._begin_watching(mapper)
+
+    def _begin_watching(self, mapper: Mapper) -> None:
+        if mapper.blocker.shuts_out:
+            mapper.blocker.while_shut_out(functools.partial(self._wait_outside, mapper))
 
     def return_to_stores(self) -> list[VolumeId]:
         """Come back to where we were shut out. Returns the volumes that are lost by that.
@@ -144,7 +155,7 @@ class Returning(Volumes):
             lost.append(volume)
             log.error("fenced", volume=volume, error="another node broke the lock; close it and open it again")
             opened = self._table.volumes.get(volume)
-            if opened is None:
+            if opened is None or opened.mapper is not mapper:  # or one that is about to be moved there
                 mapper.locks.give_up(volume)
             else:
                 opened.cast_out()

@@ -547,6 +547,7 @@ class OpenVolume:
     def standing_still(self) -> Iterator[EngineVolume]:
         """Requests wait within the block. The layers in the store, and their records, say all of what it holds."""
         with self._paused() as engine:
+            engine.flush()  # what came between the flush before the gate was closed, and that
             self.mapper.limit_parent(self.record.layer, min(self.record.visible, engine.parent_visible))
             yield engine
 

@@ -26,12 +26,18 @@ def where(cli: Cli) -> list[str]:
 
 def fill(root: Path, name: str, data: bytes) -> None:
     config = load_config(root=root)
-    with (
-        exclusive(config, holder={}),
-        open_node(config) as node,
-        node.composer.using(node.composer.find(name)) as opened,
-    ):
-        opened.write(0, data)
+    with exclusive(config, holder={}), open_node(config) as node:
+        composer = node.composer
+        with composer.using(composer.find(name)) as opened:
+            opened.write(0, data)
+
+
+def content(root: Path, name: str, length: int) -> bytes:
+    config = load_config(root=root)
+    with exclusive(config, holder={}), open_node(config) as node:
+        composer = node.composer
+        with composer.using(composer.find(name)) as opened:
+            return opened.read(0, length)
 
 
 def test_sync(cli: Cli, fast: str, root: Path) -> None:

@@ -29,8 +29,8 @@ def _load_from(directory: Path) -> Any:
         spec = importlib.util.spec_from_file_location("rados", path)
         if spec is None or spec.loader is None:
             continue
-        module = importlib.util.module_from_spec(spec)
         try:
+            module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         except ImportError as error:
             raise StoreUnavailable(f"{path} cannot be loaded: {error}; reinstall python3-rados") from error
