@@ -14,7 +14,7 @@ from archipfs.blockers.rados.index import Index
 from archipfs.blockers.rados.packs import Packs
 from archipfs.blockers.rados.records import Records
 from archipfs.blockers.rados.settings import Settings
-from archipfs.errors import InvalidInput, NotSupported, ShutOut, StoreError
+from archipfs.errors import InvalidInput, NotSupported, ShutOut
 
 PACK_BYTES = 4 << 20
 DATA_SHARDS = 16
@@ -212,7 +212,8 @@ class RadosBlocker(Blocker):
                 if stats["quota_bytes"] > 0:
                     available = min(available, max(int(stats["quota_bytes"]) - used, 0))
                 return Space(used + available, available, available)
-        raise StoreError(f"{self.describe()}: the cluster does not know how much room it has; see `ceph df`")
+        # The managers, which count, have not counted this pool yet.
+        return Space(0, 0, 0)
 
     def describe(self) -> str:
         connection, settings = self._client.connection, self._settings
