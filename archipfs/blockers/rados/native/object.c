@@ -36,6 +36,10 @@ static int data_pwrite(void *ctx, const void *buffer, size_t length, uint64_t of
     return outward(ra_data_write(ctx, buffer, length, offset));
 }
 
+static int data_pwrite_each(void *ctx, const struct ae_write *writes, size_t count) {
+    return outward(ra_data_write_each(ctx, writes, count));
+}
+
 static int data_punch(void *ctx, uint64_t offset, uint64_t length) {
     return outward(ra_data_punch(ctx, offset, length));
 }
@@ -63,6 +67,7 @@ static void data_close(void *ctx) { ra_data_close(ctx); }
 static const struct ae_object_ops data_ops = {
     .pread = data_pread,
     .pwrite = data_pwrite,
+    .pwrite_each = data_pwrite_each,
     .punch = data_punch,
     .truncate = data_truncate,
     .flush = data_flush,
