@@ -134,20 +134,25 @@ class Copier:
                     if original is not None:
                         yield original, known
 
-    def lacking(self, volume: VolumeRecord) -> list[LayerRecord]:
-        """The layers of the chain of the origin's ``volume`` that the target has no copy of."""
-        try:
-            return [layer for layer in self.origin.catalog.chain(volume.layer) if layer.id not in self._known]
-        except ObjectMissing:
-            return []  # that is said when it is copied
-
-    def expect(self, layers: Iterable[LayerRecord], progress: Progress) -> None:
-        """These are to be copied; ``progress`` is told how far that is."""
+    def expect(self, volumes: Iterable[VolumeRecord], progress: Progress) -> None:
+        """What these hold is to be copied; ``progress`` is told how far that is."""
+        layers = {layer for volume in volumes for layer in self._lacking(volume)}
         self.about_bytes = sum(
             layer.sealed.added_bytes if layer.sealed is not None else stored_bytes(self.origin, layer.id)
             for layer in layers
         )
         self._advance = Advance(progress, self.about_bytes)
+
+    def _lacking(self, volume: VolumeRecord) -> list[LayerRecord]:
+        """The layers of its chain that the target has no copy of."""
+        try:
+            return [layer for layer in self.origin.catalog.chain(volume.layer) if layer.id not in self._known]
+        except ObjectMissing:
+            return []  # that is said when it is copied
+
+    def heed(self) -> None:
+        """Raise what ``progress`` raises: nobody waits any more."""
+        self._advance(0)
 
     def lies_on(self, head: LayerId, layer: LayerId) -> bool:
         """Whether the layer below ``head``, in the target, shows what the origin's ``layer`` does."""
@@ -292,33 +297,25 @@ class Replicas(Seals):
         records = [each.record for each in source.volumes() if self._is_to_be_copied(source, other, each.record)]
         records.sort(key=lambda each: (each.writable, each.created_ns))  # so that most find what they are made from
         done = Synced()
-        with self.copier(source, other, progress, records) as copier:
+        lacking = []
+        with self._copier(source, other) as copier:
             for record in records:
-                try:
-                    changed = self._would_change(copier, record) if dry_run else self._replicate(copier, record)
-                except NotFound:
-                    continue  # removed meanwhile
-                except (Busy, StoreError, PassedOver, Conflict) as error:
-                    if isinstance(error, StoreFull | StoreUnavailable):
-                        raise
-                    done.passed_over.append((str(record.name), str(error)))
-                    log.warning("not copied", volume=record.name, origin=origin, target=target, error=str(error))
-                else:
+                with _passing_over(done, record):
+                    if self._is_same(copier, record):
+                        done.current.append(str(record.name))
+                    else:
+                        lacking.append(record)
+            copier.expect(lacking, self._heeding_the_end(progress))
+            for record in lacking:
+                with _passing_over(done, record):
+                    changed = dry_run or self._replicate(copier, record)
                     (done.copied if changed else done.current).append(str(record.name))
             done.added_bytes = copier.about_bytes if dry_run else copier.added_bytes
         self._reclaim_wanted = True
         return done
 
-    @contextmanager
-    def copier(
-        self, origin: Mapper, target: Mapper, progress: Progress, records: Iterable[VolumeRecord]
-    ) -> Iterator[Copier]:
-        """To copy the layers of ``records`` within the block."""
-        with Copier(origin, self.sealed_store(origin), target, self.sealed_store(target)) as copier:
-            copier.expect(
-                {layer for record in records for layer in copier.lacking(record)}, self._heeding_the_end(progress)
-            )
-            yield copier
+    def _copier(self, origin: Mapper, target: Mapper) -> Copier:
+        return Copier(origin, self.sealed_store(origin), target, self.sealed_store(target))
 
     def _is_to_be_copied(self, origin: Mapper, target: Mapper, record: VolumeRecord) -> bool:
         """Not what is a replica itself: unless of a volume that the target had, and has no more."""
@@ -349,9 +346,8 @@ class Replicas(Seals):
 
     def _replicate(self, copier: Copier, record: VolumeRecord) -> bool:
         """Whether there was anything to do. Raises ``PassedOver``, and what copying raises."""
-        if self._is_same(copier, record):
-            return False
         for _ in range(ATTEMPTS_MAX):
+            copier.heed()
             content = self.content(copier.origin, record.id)
             try:
                 return self.put_replica(copier, content, self._as_replica(copier, content.record)) is not None
@@ -379,9 +375,6 @@ class Replicas(Seals):
             return False
         head = copier.origin.catalog.layer(record.layer).record
         return head.parent is not None and copier.lies_on(found.record.layer, head.parent)
-
-    def _would_change(self, copier: Copier, record: VolumeRecord) -> bool:
-        return not self._is_same(copier, record)
 
     def _present(self, copier: Copier, record: VolumeRecord) -> Versioned[VolumeRecord] | None:
         """The replica, if there is one. Raises ``PassedOver`` for a volume that is none."""
@@ -458,6 +451,20 @@ class Replicas(Seals):
     def _expect_kept(self, copier: Copier, content: Content, record: VolumeRecord) -> None:
         if not copier.still_kept(content.layer, record):
             raise Conflict(f"what {record.name} was made on in backend {copier.target.backend} has just been removed")
+
+
+@contextmanager
+def _passing_over(done: Synced, record: VolumeRecord) -> Iterator[None]:
+    """Let what keeps this volume from being copied not keep others from it."""
+    try:
+        yield
+    except NotFound:
+        return  # removed meanwhile
+    except (StoreFull, StoreUnavailable):
+        raise
+    except (Busy, StoreError, PassedOver, Conflict) as error:
+        done.passed_over.append((str(record.name), str(error)))
+        log.warning("not copied", volume=record.name, error=str(error))
 
 
 @contextmanager

@@ -138,9 +138,13 @@ def volume_rollback(node: Node, sent: Sent, name: str, snapshot: str) -> Answer:
     return {"name": name, "snapshot": snapshot, "kept": done.kept.name, "size": done.record.size}
 
 
-def volume_remove(node: Node, sent: Sent, name: str) -> Answer:
+def volume_remove(node: Node, sent: Sent, name: str, backend: str | None = None) -> Answer:
+    """With ``backend`` what has that name there, whether names lead to it from here or not."""
     try:
-        node.composer.remove(name)
+        if backend is None:
+            node.composer.remove(name)
+        else:
+            node.composer.remove_in(backend, name)
     except NotFound:
         if not sent.again:
             raise

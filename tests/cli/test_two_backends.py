@@ -66,6 +66,17 @@ def test_sync_falls_back(cli: Cli, fast: str, root: Path) -> None:
     assert content(root, "vm1", 8192) == b"a" * 8192
 
 
+def test_replicas_are_removed_where_they_lie(cli: Cli, fast: str) -> None:
+    cli("backend-sync", "--origin", "default", "--target", fast)
+    would = cli("volume-remove", "vm1@monday", "--backend", fast, "--dry-run")
+    assert would.out == "would remove vm1@monday, a snapshot of 1 GiB\n"
+    assert cli("volume-remove", "vm1", "vm1@monday", "--backend", fast).code == 0
+    assert cli("volume-list", "--backend", fast, "-H").out == ""
+    assert where(cli) == ["vm1\tdefault", "vm1@monday\tdefault"]
+    cli("volume-remove", "vm1", "--backend", fast).failed(1, "no volume in backend fast is called vm1")
+    assert cli("backend-remove", fast).code == 0
+
+
 def test_sync_passes_over(cli: Cli, fast: str, root: Path, tmp_path: Path) -> None:
     other = ["--root", str(tmp_path / "other"), "backend-create", "only", "--driver", "file", "--path"]
     cli(*other, str(tmp_path / "fast"))
