@@ -150,6 +150,47 @@ def test_a_name_and_attributes_that_changed_come_along(world: TwoStores, compose
     assert see(world.composer(only="b")) == see(composer)
 
 
+def test_names_that_were_exchanged_are_exchanged(world: TwoStores, composer: Composer) -> None:
+    family(composer)
+    sync(composer)
+    for name, new_name in (("vm@1", "other"), ("vm@2", "vm@1"), ("other", "vm@2")):
+        composer.rename(name, new_name)
+    assert sorted(sync(composer).copied) == ["vm@1", "vm@2"]
+    assert see(world.composer(only="b")) == see(composer)
+
+
+def test_a_new_snapshot_with_the_name_of_one_that_is_gone(world: TwoStores, composer: Composer) -> None:
+    """Neither keeps the other from being there."""
+    family(composer)
+    before = see(composer)
+    sync(composer)
+    composer.remove("vm@1")
+    composer.snapshot("vm", "vm@1")
+    assert sync(composer).passed_over == []
+    seen = see(world.composer(only="b"))
+    [aside] = seen.keys() - before.keys()
+    assert aside.startswith("vm@1@replaced-")
+    assert seen[aside] == before["vm@1"]
+    assert seen["vm@1"].content == before["vm"].content
+    removed = composer.sync("a", "b", progress=unheeded, delete=True).removed
+    assert removed == [aside]
+    assert see(world.composer(only="b")) == see(composer)
+
+
+def test_what_a_dead_node_flushed_is_copied(world: TwoStores, composer: Composer) -> None:
+    """It did not get to write down when it wrote, and its lock was broken: the records say nothing of it."""
+    family(composer)
+    sync(composer)
+    dead = world.composer(host="two")
+    opened = dead.open(dead.find("vm"))
+    opened.write(0, pattern(9))
+    opened.flush()
+    dead.abandon()
+    composer.unlock("vm", force=True)
+    assert sync(composer).copied == ["vm"]
+    assert see(world.composer(only="b"))["vm"].content[:SECTOR_BYTES] == pattern(9)
+
+
 def test_nothing_resolves_to_a_replica_beside_its_original(world: TwoStores, composer: Composer) -> None:
     family(composer)
     names = sorted(each.record.name or "" for each in composer.volumes())
