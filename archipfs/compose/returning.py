@@ -153,8 +153,10 @@ class Returning(Volumes):
         opened_all = []
         for volume in volumes:
             lost.append(volume)
-            log.error("fenced", volume=volume, error="another node broke the lock; close it and open it again")
             opened = self._table.volumes.get(volume)
+            record = opened.present_record() if opened is not None else None
+            called = (record.name if record is not None else None) or volume
+            log.error("fenced", volume=called, error="another node broke the lock; close it and open it again")
             if opened is None or opened.mapper is not mapper:  # or one that is about to be moved there
                 mapper.locks.give_up(volume)
             else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from archipfs.blockers.contract import Space
+from archipfs.compose.engine import CacheStatistics
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import EngineUser, Home, OpenVolume
@@ -106,6 +107,10 @@ class Volumes:
     def sealed_store(self, mapper: Mapper) -> SealedStore:
         """Where the chunks and maps of its sealed layers are."""
         return self._sealed[mapper.backend]
+
+    def pack_cache(self) -> CacheStatistics | None:
+        """What the node's pack cache has and did, if there is one yet: all backends share it."""
+        return next((sealed.pack_cache() for sealed in self._sealed.values()), None)
 
     def find(self, name: str) -> Found:
         """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name."""

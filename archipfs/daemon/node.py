@@ -187,7 +187,10 @@ class _Stores:
 
     def __init__(self, config: Config) -> None:
         self._shared = Shared(
-            config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects
+            config.state_dir,
+            table_bytes_max=config.cache.extents,
+            objects_bytes_max=config.cache.objects,
+            packs_bytes_max=config.cache.packs,
         )
         self._blockers, self._sealed = ExitStack(), ExitStack()
 

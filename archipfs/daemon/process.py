@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
 from archipfs.errors import FAILED_EXIT_CODE, StoreUnavailable
+from archipfs.map.mapper import LOOK_SECONDS
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -137,6 +138,7 @@ class _Life:
                     "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
                     "uptime": time.monotonic() - started,
                     "pause_ms": self.pause_ms,
+                    "pack_cache": asdict(cache) if (cache := node.composer.pack_cache()) is not None else None,
                 }
 
             token = trio.lowlevel.current_trio_token()
@@ -166,6 +168,7 @@ class _Life:
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)
+            nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
@@ -239,6 +242,17 @@ async def _reclaim_space(node: Node, recover: bool) -> None:
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         await run(node.composer.reclaim)
+
+
+async def _go_over_to_seals(node: Node) -> None:
+    """Every now and then have open volumes read what other nodes have sealed."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        try:
+            await trio.to_thread.run_sync(node.composer.go_over_to_seals, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="go over to seals")
 
 
 async def _end_seals(node: Node) -> None:

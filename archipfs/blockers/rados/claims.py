@@ -17,7 +17,8 @@ Claiming
 Giving up
     1. The native client ends what is under way, and gives its lock up. Where a write of it may still arrive, it keeps
        it, so that whoever claims next shuts it out.
-    2. Read who holds the lock. Only we: remove the object, if it is still at that version. Else, give our lock up.
+    2. Read who holds the lock. Nobody but us and those on the blocklist: remove the object, if it is still at that
+       version. Else, give our lock up.
 
 Why nothing of who was shut out arrives any more
     An OSD refuses what comes from an address that its map has on the blocklist. OSDs learn of a new map at different
@@ -38,7 +39,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from archipfs.blockers.rados.connection import Connection, errno_of, plain_address
+from archipfs.blockers.rados.connection import ALSO_WHEN_FULL, Connection, errno_of, plain_address
 from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.lock_class import ANSWER_BYTES_MAX, GET_INFO, LockInfo, get_info
 from archipfs.errors import Busy, InvalidInput, ObjectMissing, ShutOut, StoreError
@@ -85,7 +86,7 @@ class Claims:
         try:
             self._native.disclaim(key)
             found = self._read(key)
-            if found.addresses() <= {self._connection.address}:
+            if found.addresses() <= {self._connection.address} | self._gone:
                 self._remove(key, found)
                 return
             for locker in found.lock.lockers:
@@ -114,14 +115,25 @@ class Claims:
             try:
                 self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
             except self._connection.rados.Error as error:
-                if errno_of(error) not in (errno.EBUSY, errno.EEXIST):
+                number = errno_of(error)
+                if number in (errno.EBUSY, errno.EEXIST):
+                    return False
+                if number not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                return False
+                # There is no such object, and no room for one. But one claims what is to be removed, too.
+                self._make(key)
+                self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
         try:
             self._native.claim(key, owner)
         except Busy:
             return False
         return True
+
+    def _make(self, key: str) -> None:
+        rados = self._connection.rados
+        with rados.WriteOpCtx() as operation:
+            operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            self._connection.main.operate_write_op(operation, _name(key), flags=ALSO_WHEN_FULL)
 
     def _give_up(self, key: str, cookie: str) -> None:
         with self._connection.call(f"giving up {key}"):

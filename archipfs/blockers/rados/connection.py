@@ -13,6 +13,9 @@ from archipfs.blockers.rados.failures import UNREACHABLE, store_error
 from archipfs.blockers.rados.settings import Settings
 from archipfs.errors import ArchipError, StoreError, StoreUnavailable
 
+ALSO_WHEN_FULL = 128
+"""LIBRADOS_OPERATION_FULL_FORCE, which the binding has no name for: not refused by a full pool, only by a full OSD."""
+
 
 class Connection:
     """A client. Thread-safe.

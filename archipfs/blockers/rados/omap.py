@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from archipfs.blockers.rados.connection import Connection, errno_of
+from archipfs.blockers.rados.connection import ALSO_WHEN_FULL, Connection, errno_of
 from archipfs.blockers.rados.in_flight import IN_FLIGHT_MAX, at_once, result_of
 
 PAGE_ENTRIES = 1000
@@ -72,7 +72,10 @@ def change(
     put: Mapping[str, bytes] | None = None,
     remove: Sequence[str] = (),
 ) -> bool:
-    """Put and remove entries, durably, if all conditions hold. Returns whether they did."""
+    """Put and remove entries, durably, if all conditions hold. Returns whether they did.
+
+    Works in a full pool too: to give room back, one has to write down what goes.
+    """
     rados = connection.rados
     with connection.call(doing), rados.WriteOpCtx() as operation:
         if put:
@@ -86,7 +89,7 @@ def change(
         if put:
             ioctx.set_omap(operation, tuple(put), tuple(put.values()))
         try:
-            ioctx.operate_write_op(operation, shard)
+            ioctx.operate_write_op(operation, shard, flags=ALSO_WHEN_FULL)
         except rados.ObjectNotFound:
             return False
         except rados.Error as error:

@@ -49,6 +49,7 @@ static int note_held(struct ra_client *client, const char *key, const char *owne
         claim->next = client->claims;
         client->claims = claim;
     }
+    /* What a connection that was shut out has sent does not arrive any more. */
     if (claim->number != number)
         claim->uncertain = false;
     snprintf(claim->owner, sizeof claim->owner, "%s", owner);

@@ -563,16 +563,12 @@ static int cut_stripes(struct ra_call *call, const struct ra_data *data, uint64_
     return batch_end(&batch);
 }
 
-/* First up, last down: the size is never outside of what it was and what it becomes. */
+/* Stripes behind the new size count until they are gone, so the size is never outside of what it was and becomes. */
 static int truncate_alone(struct ra_call *call, struct ra_data *data, uint64_t size) {
     int result = reload(call, data);
-    if (result == 0 && data->header_size < size)
+    if (result == 0 && data->header_size != size)
         result = put_size(call, data, size);
-    if (result == 0)
-        result = cut_stripes(call, data, size);
-    if (result == 0 && data->header_size > size)
-        result = put_size(call, data, size);
-    return result;
+    return result == 0 ? cut_stripes(call, data, size) : result;
 }
 
 int ra_data_truncate(struct ra_data *data, uint64_t size) {
