@@ -140,7 +140,7 @@ class Seals(Making):
         def heed(done: int, total: int) -> None:
             progress(done, total)
             if self._seals_end:
-                raise ArchipError("sealing was cut short, since the daemon ends; seal again to go on with it")
+                raise ArchipError("cut short, since the daemon ends; begin it again, and it goes on")
 
         return heed
 
