@@ -1,4 +1,4 @@
-"""Only what setup.cfg cannot say: the C engine, the C front and the C chunker are built by cffi."""
+"""Only what setup.cfg cannot say: the parts in C are built by cffi."""
 
 from setuptools import setup
 
@@ -7,5 +7,6 @@ setup(
         "archipfs/compose/engine/build_ffi.py:ffibuilder",
         "archipfs/endpoints/fuse/front/build_ffi.py:ffibuilder",
         "archipfs/map/chunker/build_ffi.py:ffibuilder",
+        "archipfs/blockers/rados/native/build_ffi.py:ffibuilder",
     ]
 )

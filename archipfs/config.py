@@ -63,7 +63,9 @@ class CacheConfig:
     extents: int = 64 << 20
     """Bytes of memory for where regions lie; a region of 4 MiB takes about 2 KiB."""
     objects: int = 1 << 30
-    """Bytes in ``state_dir`` for chunks that cannot be read in place."""
+    """Bytes in ``state_dir`` for chunks that are compressed."""
+    packs: int = 10 << 30
+    """Bytes in ``state_dir`` for packs that lie in a store without files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +123,31 @@ def save_backend(config: Config, backend: BackendConfig) -> Config:
     if isinstance(backends, InlineTable):
         raise InvalidConfig(f"{config.path}: backend stands in braces; write it as [backend.NAME] to have one added")
     backends[backend.name] = table
-    config.path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = config.path.with_name(f"{config.path.name}.{os.getpid()}.tmp")
+    _write(config.path, document)
+    return replace(config, backends={**config.backends, backend.name: backend})
+
+
+def forget_backend(config: Config, name: str) -> Config:
+    """Take a backend out of the configuration file, durably. What else is in it stays as it is, comments too."""
+    document = tomlkit.parse(config.path.read_text(encoding="utf-8"))
+    document["backend"].remove(name)
+    _write(config.path, document)
+    return replace(config, backends={other: each for other, each in config.backends.items() if other != name})
+
+
+def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(tomlkit.dumps(document))
         stream.flush()
         os.fsync(stream.fileno())
-    os.rename(temporary, config.path)
-    directory = os.open(config.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    os.rename(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
-    return replace(config, backends={**config.backends, backend.name: backend})
 
 
 def _interpret(base: Config, document: Mapping[str, Any]) -> Config:
@@ -183,11 +197,12 @@ def _gc(path: Path, table: Mapping[str, Any]) -> GcConfig:
 
 
 def _cache(path: Path, table: Mapping[str, Any]) -> CacheConfig:
-    _known(path, "cache.", table, {"extents", "objects"})
+    _known(path, "cache.", table, {"extents", "objects", "packs"})
     default = CacheConfig()
     return CacheConfig(
         _bytes(path, "cache.extents", table.get("extents", default.extents)),
         _bytes(path, "cache.objects", table.get("objects", default.objects)),
+        _bytes(path, "cache.packs", table.get("packs", default.packs)),
     )
 
 

@@ -26,10 +26,10 @@ knows all three.) ``Conflict``, ``AlreadyExists``, ``ObjectMissing`` and ``Inval
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from archipfs.errors import InvalidInput, NotSupported
+from archipfs.errors import InvalidInput, NotSupported, ShutOut
 
 KEY_BYTES_MAX = 200
 KEY_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*/[a-z0-9][a-z0-9.-]*")
@@ -186,11 +186,15 @@ class Blocker(ABC):
 
     @abstractmethod
     def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
-        """Open one that exists. ``claim``: under which it is written, see :meth:`claim`."""
+        """Open one that exists. ``claim``: under which it is written; it must have been made, see :meth:`claim`."""
 
     @abstractmethod
     def delete_data(self, key: str) -> None:
-        """Remove it, durably. Those who have it open may go on using what they opened."""
+        """Remove it, durably.
+
+        Those who have it open go on reading it or get ``ObjectMissing``, never other bytes, unless somebody still
+        writes to it.
+        """
 
     @abstractmethod
     def list_data(self, kind: str) -> Iterator[str]:
@@ -261,6 +265,13 @@ class Blocker(ABC):
         """Whether somebody has shut us out. Then every call raises ``ShutOut``, except calls on data objects that were
         opened under a claim: those wait until it is claimed anew, or given up, and fail with EIO in the latter case."""
         return False
+
+    def while_shut_out(self, wait: Callable[[ShutOut], None]) -> None:  # noqa: B027
+        """Have a call that would raise ``ShutOut`` run ``wait`` instead, and be repeated once that returns.
+
+        ``wait`` raises what it is given, or another error, if the call is to fail after all. It is the ``retry``
+        wrapper that does this.
+        """
 
     def reconnect(self) -> "Blocker":
         """The same store by a new client of it, without any claims, beside this one, which stays as it is.

@@ -11,6 +11,12 @@
 
 struct ae_object;
 
+struct ae_write {
+    const void *buffer;
+    size_t length;
+    uint64_t offset;
+};
+
 /*
  * A place where bytes lie: a file, an object of a cluster, a simulated disk that loses what was
  * not flushed, a Python object.
@@ -24,6 +30,8 @@ struct ae_object_ops {
     /* As pread, but -EIO where the object ends before. NULL: it takes a look at the size beside each read. */
     int (*pread_within)(void *ctx, void *buffer, size_t length, uint64_t offset);
     int (*pwrite)(void *ctx, const void *buffer, size_t length, uint64_t offset);
+    /* As so many writes, which do not overlap, in any order or all at once. NULL: one after the other. */
+    int (*pwrite_each)(void *ctx, const struct ae_write *writes, size_t count);
     int (*punch)(void *ctx, uint64_t offset, uint64_t length);
     int (*truncate)(void *ctx, uint64_t size);
     int (*flush)(void *ctx);

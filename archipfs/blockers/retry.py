@@ -1,7 +1,8 @@
 """A wrapper that repeats what failed because the store could not be reached.
 
-Only ``StoreUnavailable`` is repeated: a full disk, a missing object or a conflict stays what it is. Three calls need
-more than that (``delete_record`` does not: deleting what is gone succeeds):
+Only ``StoreUnavailable`` is repeated, and ``ShutOut`` where somebody says when (``while_shut_out``): a full disk, a
+missing object or a conflict stays what it is. Three calls need more than that (``delete_record`` does not: deleting
+what is gone succeeds):
 
 ``put_record``
     The record is read before anything else is done. At the expected version: nothing happened, or has not happened yet;
@@ -19,12 +20,12 @@ more than that (``delete_record`` does not: deleting what is gone succeeds):
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
 from archipfs.blockers.contract import Blocker, DataObject, Record, Space, VersionPaths
-from archipfs.errors import AlreadyExists, Conflict, StoreUnavailable
+from archipfs.errors import AlreadyExists, Conflict, ShutOut, StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -59,33 +60,58 @@ class RetryPolicy:
             delay_s = min(2 * delay_s, self.delay_max_s)
 
 
+class _Run(Protocol):
+    """Makes attempts, counted from 0, until one succeeds or the last one has failed."""
+
+    def __call__(self, action: Callable[[int], T]) -> T: ...
+
+
+def _refuse(error: ShutOut) -> None:
+    raise error
+
+
 class RetryBlocker(Blocker):
     """``inner``, repeated as ``policy`` says."""
 
     def __init__(self, inner: Blocker, policy: RetryPolicy | None = None) -> None:
         self._inner = inner
         self._policy = policy or RetryPolicy()
+        self._wait: Callable[[ShutOut], None] = _refuse
+
+    def while_shut_out(self, wait: Callable[[ShutOut], None]) -> None:
+        self._wait = wait
+
+    def _run(self, action: Callable[[int], T]) -> T:
+        def attempt_inside(attempt: int) -> T:
+            while True:
+                try:
+                    return action(attempt)
+                except ShutOut as error:
+                    self._wait(error)
+                attempt += 1
+
+        return self._policy.run(attempt_inside)
 
     # Immutable objects
 
     def put(self, key: str, data: bytes | Sequence[bytes]) -> None:
-        self._policy.run(lambda _: self._inner.put(key, data))
+        self._run(lambda _: self._inner.put(key, data))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        return self._policy.run(lambda _: self._inner.get(key, offset, length))
+        return self._run(lambda _: self._inner.get(key, offset, length))
 
     def open(self, key: str) -> DataObject:
-        return _RetryDataObject(self._policy.run(lambda _: self._inner.open(key)), self._policy)
+        return _RetryDataObject(self._run(lambda _: self._inner.open(key)), self._run)
 
     def exists(self, key: str) -> bool:
-        return self._policy.run(lambda _: self._inner.exists(key))
+        return self._run(lambda _: self._inner.exists(key))
 
     def delete(self, key: str) -> None:
-        self._policy.run(lambda _: self._inner.delete(key))
+        self._run(lambda _: self._inner.delete(key))
 
     def list(self, kind: str) -> Iterator[str]:
         # Whole or not at all: going on in the middle could leave out or repeat.
-        yield from self._policy.run(lambda _: tuple(self._inner.list(kind)))
+        yield from self._run(lambda _: tuple(self._inner.list(kind)))
 
     @property
     def pack_bytes(self) -> int:
@@ -106,26 +132,26 @@ class RetryBlocker(Blocker):
                     raise
                 return data
 
-        return _RetryDataObject(self._policy.run(action), self._policy)
+        return _RetryDataObject(self._run(action), self._run)
 
     def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
-        data = self._policy.run(lambda _: self._inner.open_data(key, writable=writable, claim=claim))
-        return _RetryDataObject(data, self._policy)
+        data = self._run(lambda _: self._inner.open_data(key, writable=writable, claim=claim))
+        return _RetryDataObject(data, self._run)
 
     def delete_data(self, key: str) -> None:
-        self._policy.run(lambda _: self._inner.delete_data(key))
+        self._run(lambda _: self._inner.delete_data(key))
 
     def list_data(self, kind: str) -> Iterator[str]:
-        yield from self._policy.run(lambda _: tuple(self._inner.list_data(kind)))
+        yield from self._run(lambda _: tuple(self._inner.list_data(kind)))
 
     @property
     def data_bytes_max(self) -> int:
-        return self._policy.run(lambda _: self._inner.data_bytes_max)
+        return self._run(lambda _: self._inner.data_bytes_max)
 
     # Records
 
     def get_record(self, key: str) -> Record | None:
-        return self._policy.run(lambda _: self._inner.get_record(key))
+        return self._run(lambda _: self._inner.get_record(key))
 
     def put_record(self, key: str, value: bytes, expected: int | None) -> int:
         def action(attempt: int) -> int:
@@ -145,15 +171,15 @@ class RetryBlocker(Blocker):
                 raise Conflict(f"record {key} is not at version {expected} any more; read it again")
             return found.version
 
-        return self._policy.run(action)
+        return self._run(action)
 
     def delete_record(self, key: str, expected: int) -> None:
         # Deleting what is gone succeeds, and so does repeating a delete that took effect. A version that is another one
         # is a Conflict both times, for no version comes back.
-        self._policy.run(lambda _: self._inner.delete_record(key, expected))
+        self._run(lambda _: self._inner.delete_record(key, expected))
 
     def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
-        yield from self._policy.run(lambda _: tuple(self._inner.list_records(kind)))
+        yield from self._run(lambda _: tuple(self._inner.list_records(kind)))
 
     def version_paths(self, key: str, version: int) -> VersionPaths | None:
         return self._inner.version_paths(key, version)
@@ -165,13 +191,13 @@ class RetryBlocker(Blocker):
         return self._inner.shuts_out
 
     def claim(self, key: str, owner: str) -> None:
-        self._policy.run(lambda _: self._inner.claim(key, owner))
+        self._run(lambda _: self._inner.claim(key, owner))
 
     def disclaim(self, key: str) -> None:
-        self._policy.run(lambda _: self._inner.disclaim(key))
+        self._run(lambda _: self._inner.disclaim(key))
 
     def shut_out(self, key: str) -> None:
-        self._policy.run(lambda _: self._inner.shut_out(key))
+        self._run(lambda _: self._inner.shut_out(key))
 
     @property
     def is_shut_out(self) -> bool:
@@ -186,7 +212,7 @@ class RetryBlocker(Blocker):
     # The whole
 
     def space(self) -> Space:
-        return self._policy.run(lambda _: self._inner.space())
+        return self._run(lambda _: self._inner.space())
 
     def relieve(self) -> bool:
         return self._inner.relieve()
@@ -201,36 +227,36 @@ class RetryBlocker(Blocker):
 class _RetryDataObject(DataObject):
     """Everything but ``flush`` may be repeated: each call says where, so doing it twice is doing it once."""
 
-    def __init__(self, inner: DataObject, policy: RetryPolicy) -> None:
+    def __init__(self, inner: DataObject, run: _Run) -> None:
         self._inner = inner
-        self._policy = policy
+        self._run = run
 
     def pread(self, offset: int, length: int) -> bytes:
-        return self._policy.run(lambda _: self._inner.pread(offset, length))
+        return self._run(lambda _: self._inner.pread(offset, length))
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self._policy.run(lambda _: self._inner.pwrite(offset, data))
+        self._run(lambda _: self._inner.pwrite(offset, data))
 
     def punch(self, offset: int, length: int) -> None:
-        self._policy.run(lambda _: self._inner.punch(offset, length))
+        self._run(lambda _: self._inner.punch(offset, length))
 
     def truncate(self, size: int) -> None:
-        self._policy.run(lambda _: self._inner.truncate(size))
+        self._run(lambda _: self._inner.truncate(size))
 
     def flush(self) -> None:
         self._inner.flush()
 
     def size(self) -> int:
-        return self._policy.run(lambda _: self._inner.size())
+        return self._run(lambda _: self._inner.size())
 
     def allocated(self) -> int:
-        return self._policy.run(lambda _: self._inner.allocated())
+        return self._run(lambda _: self._inner.allocated())
 
     def next_data(self, offset: int) -> int | None:
-        return self._policy.run(lambda _: self._inner.next_data(offset))
+        return self._run(lambda _: self._inner.next_data(offset))
 
     def next_hole(self, offset: int) -> int:
-        return self._policy.run(lambda _: self._inner.next_hole(offset))
+        return self._run(lambda _: self._inner.next_hole(offset))
 
     def fileno(self) -> int | None:
         return self._inner.fileno()

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import shell_complete
 
-from archipfs.cli import backends, comparing, mounts, upkeep, volumes
+from archipfs.cli import backends, comparing, drivers, mounts, upkeep, volumes
 from archipfs.cli.instance import Instance
 from archipfs.cli.program import make_output_safe, run_program
 from archipfs.daemon.logs import configure_command_logs
@@ -100,6 +100,7 @@ for _command in (
     *volumes.COMMANDS,
     *comparing.COMMANDS,
     *backends.COMMANDS,
+    *drivers.COMMANDS,
     *mounts.COMMANDS,
     *upkeep.COMMANDS,
 ):

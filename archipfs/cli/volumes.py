@@ -47,6 +47,7 @@ LISTED = (
     Column("parent"),
     Column("created", as_time),
     Column("uuid", always=False),
+    Column("replica", as_yes, always=False),
 )
 
 DETAILS = (
@@ -74,12 +75,13 @@ DETAILS = (
 
 
 @click.command("volume-list")
+@click.option("--backend", help="Only what lies there; also replicas, and what lies behind others of its name.")
 @view_options(LISTED)
 @pass_instance
-def volume_list(instance: Instance, view: View) -> None:
+def volume_list(instance: Instance, backend: str | None, view: View) -> None:
     """List volumes, snapshots and clones."""
     with instance.connect() as client:
-        view.table(client.call("volume-list"))
+        view.table(client.call("volume-list", **({} if backend is None else {"backend": backend})))
 
 
 @click.command("volume-info")
@@ -346,6 +348,46 @@ def volume_import(instance: Instance, file: str, name: str, backend: str | None,
     )
 
 
+@click.command("volume-move")
+@click.argument("name")
+@click.option("--from", "origin", required=True, help="The backend that it lies in.")
+@click.option("--to", "target", required=True, help="The backend that it is to lie in.")
+@click.option("--with-snapshots", is_flag=True, help="Also the snapshots of the volume, which go first.")
+@report_options
+@pass_instance
+def volume_move(instance: Instance, name: str, origin: str, target: str, with_snapshots: bool, report: Report) -> None:
+    """Move a volume or a snapshot to another backend.
+
+    A volume stays in use meanwhile; at the end, requests wait for a moment. A snapshot must not be open. What is shared
+    with volumes and snapshots that stay is copied, so that all of them are whole. Ctrl-C ends it: then it is where it
+    was, and the next try goes on.
+    """
+    lines = Report(as_json=False, quiet=report.quiet or report.as_json)
+    done: list[Mapping[str, Any]] = []
+    with instance.connect() as client:
+        names = [*_snapshots_of(client, name), name] if with_snapshots else [name]
+        try:
+            for each in names:
+                with advancing(f"moving {each}") as progress:
+                    done.append(client.follow("volume-move", progress, name=each, origin=origin, target=target))
+                lines.done(_move_sentence(done[-1]), done[-1])
+        finally:
+            if report.as_json:
+                report.done("", done)
+
+
+def _snapshots_of(client: Client, volume: str) -> list[str]:
+    """The oldest first."""
+    listed = [each for each in client.call("volume-list") if each["kind"] == "snapshot" and each["parent"] == volume]
+    return [each["name"] for each in sorted(listed, key=lambda each: each["created"])]
+
+
+def _move_sentence(done: Mapping[str, Any]) -> str:
+    if done["was_there"]:
+        return f"{done['name']} is in backend {done['target']} already"
+    return f"moved {done['name']} from {done['origin']} to {done['target']}, stored {format_size(done['added'])}"
+
+
 @click.command("volume-lock")
 @click.argument("name")
 @report_options
@@ -407,6 +449,7 @@ COMMANDS = (
     volume_rollback,
     volume_seal,
     volume_import,
+    volume_move,
     volume_open,
     volume_close,
     volume_lock,

@@ -20,6 +20,7 @@ def summary(found: Found, origin: str | None) -> dict[str, Any]:
         "parent": origin,
         "created": record.created_ns / 1e9,
         "uuid": record.id,
+        "replica": record.replica_of is not None,
     }
 
 

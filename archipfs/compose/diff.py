@@ -202,7 +202,7 @@ def _candidates(mine: _Side, theirs: _Side, fetch: Fetch, offset: int, size: int
         theirs.written(other.id if other is not None else None, offset, size),
         (
             (max(start, offset), end)
-            for start, end in _differing_in_maps(fetch, _root(one), _root(other))
+            for start, end in differing_in_maps(fetch, _root(one), _root(other))
             if end > offset
         ),
     )
@@ -212,7 +212,9 @@ def _root(base: LayerRecord | None) -> Digest | None:
     return Digest(bytes.fromhex(base.sealed.root)) if base is not None and base.sealed is not None else None
 
 
-def _differing_in_maps(fetch: Fetch, one: Digest | None, other: Digest | None) -> Iterator[Run]:
+def differing_in_maps(fetch: Fetch, one: Digest | None, other: Digest | None) -> Iterator[Run]:
+    """The runs of sectors that two maps of one store do not have from the same place of the same chunk, in order."""
+
     def extents(leaf: Digest | None) -> list[Extent]:
         return decode_leaf(fetch(leaf)) if leaf is not None else []
 

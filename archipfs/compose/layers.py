@@ -8,6 +8,7 @@ from pathlib import Path
 from archipfs.blockers.contract import Blocker
 from archipfs.compose.engine import EngineLayer
 from archipfs.compose.sealed import SealedStore
+from archipfs.map.locks import lock_key
 from archipfs.map.mapper import bitmap_key, data_key
 from archipfs.map.records import LayerRecord, LockRecord
 from archipfs.types import LayerId
@@ -64,7 +65,8 @@ def open_live_layer(
     blocker: Blocker, live: LiveBitmaps, lease: LockRecord, record: LayerRecord, *, visible: int, head: bool
 ) -> EngineLayer:
     """Open a layer of a volume whose lock we hold: a head, or one that a crash may have left not durable."""
-    return _open_layer(blocker, record, visible, head, live.path(record.id), live.epoch(lease))
+    claim = lock_key(lease.volume)
+    return _open_layer(blocker, record, visible, head, live.path(record.id), live.epoch(lease), claim)
 
 
 def open_live_chain(
@@ -89,7 +91,7 @@ def open_durable_chain(
     """Open the layers of a volume that we only read: a snapshot, or one that another node writes."""
 
     def open_one(record: LayerRecord, limit: int, head: bool) -> EngineLayer:
-        return _open_layer(blocker, record, limit, False, None, "0" * 32)
+        return _open_layer(blocker, record, limit, False, None, "0" * 32, None)
 
     return _open_layers(sealed, chain, visible, open_one)
 
@@ -114,13 +116,20 @@ def _open_layers(
 
 
 def _open_layer(
-    blocker: Blocker, record: LayerRecord, visible: int, head: bool, live_path: str | None, epoch: str
+    blocker: Blocker,
+    record: LayerRecord,
+    visible: int,
+    head: bool,
+    live_path: str | None,
+    epoch: str,
+    claim: str | None,
 ) -> EngineLayer:
+    """``claim``: under which it is written; what is only read goes on also when a lock of ours was broken."""
     writable = live_path is not None
     with ExitStack() as opened:
-        data = blocker.open_data(data_key(record.id), writable=writable)
+        data = blocker.open_data(data_key(record.id), writable=writable, claim=claim)
         opened.callback(data.close)
-        bitmap = blocker.open_data(bitmap_key(record.id), writable=writable)
+        bitmap = blocker.open_data(bitmap_key(record.id), writable=writable, claim=claim)
         opened.callback(bitmap.close)
         layer = EngineLayer(
             record.id,

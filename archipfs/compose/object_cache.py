@@ -1,4 +1,4 @@
-"""The object cache: a local file of chunks that cannot be read where they lie, since they are compressed or far away.
+"""The object cache: a local file of chunks that cannot be read where they lie, since they are compressed.
 
 One file for all volumes and backends of a node. It has slots of 64 KiB; a chunk takes as many as it has pieces of that
 size. The slot used longest ago goes first. Every read compares a checksum, so nothing has to be flushed: what a crash

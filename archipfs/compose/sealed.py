@@ -3,9 +3,10 @@
     region ─▶ leaf page (the layer's tree) ─▶ extents, chunks' digests ─▶ places in packs (the index) ─▶ open packs
 
 The places are kept in LMDB by the leaf's digest, so that a region is one look-up, whichever layers have it. A place is
-in a pack's own bytes where the pack has a descriptor and the chunk is not compressed. Else it is in the pack's
-*unpacked view*, a data object without a descriptor, whose reads go through the object cache: the chunk that lies at
-byte N of the pack begins there at N × 512 KiB, the most that a chunk can be.
+in a pack's own bytes where the chunk is not compressed: those of a pack with a descriptor are read in place, those of
+others through the pack cache. The place of a compressed chunk is in the pack's *unpacked view*, a data object that is
+called back, whose reads go through the object cache: the chunk that lies at byte N of the pack begins there at
+N × 512 KiB, the most that a chunk can be.
 """
 
 import hashlib
@@ -20,12 +21,13 @@ from pathlib import Path
 import structlog
 
 from archipfs.blockers.contract import DataObject
-from archipfs.compose.engine import PACK_DAMAGED, EngineLayer, EnginePack, ExtentTable, Region
+from archipfs.compose.engine import PACK_DAMAGED, CacheStatistics, EngineLayer, EnginePack, ExtentTable, Region
 from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
+from archipfs.compose.pack_cache import PackCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
-from archipfs.map.chunks import ChunkStore, pack_key
+from archipfs.map.chunks import ChunkStore
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
 from archipfs.map.packs import Coding, Entry
@@ -58,13 +60,21 @@ _PackName = tuple[bool, PackId]
 class Shared:
     """What all backends of a node have in common for reading sealed layers; made when the first of them needs it."""
 
-    def __init__(self, state_dir: Path, *, table_bytes_max: int, objects_bytes_max: int) -> None:
+    def __init__(self, state_dir: Path, *, table_bytes_max: int, objects_bytes_max: int, packs_bytes_max: int) -> None:
         self.directory = state_dir / "cache"
         self._table_bytes_max = table_bytes_max
         self._objects_bytes_max = objects_bytes_max
+        self._packs_bytes_max = packs_bytes_max
         self._mutex = threading.Lock()
+        self._stores: set[str] = set()
         self._table: ExtentTable | None = None
         self._objects: ObjectCache | None = None
+        self._packs: PackCache | None = None
+
+    def add_store(self, store: str) -> None:
+        """The id of one that is read with this; before any is."""
+        with self._mutex:
+            self._stores.add(store)
 
     @property
     def table(self) -> ExtentTable:
@@ -80,6 +90,18 @@ class Shared:
                 self._objects = ObjectCache(self.directory / "objects", self._objects_bytes_max)
             return self._objects
 
+    @property
+    def packs(self) -> PackCache:
+        with self._mutex:
+            if self._packs is None:
+                self._packs = PackCache(self.directory / "packs", self._packs_bytes_max, self._stores)
+            return self._packs
+
+    def pack_statistics(self) -> CacheStatistics | None:
+        """Of the pack cache, if there is one yet."""
+        with self._mutex:
+            return self._packs.statistics() if self._packs is not None else None
+
     def close(self) -> None:
         """When no layer is open any more."""
         with self._mutex:
@@ -87,6 +109,8 @@ class Shared:
                 self._table.close()
             if self._objects is not None:
                 self._objects.close()
+            if self._packs is not None:
+                self._packs.close()
 
 
 class SealedStore:
@@ -95,12 +119,12 @@ class SealedStore:
     def __init__(self, mapper: Mapper, shared: Shared) -> None:
         self._mapper = mapper
         self._shared = shared
+        shared.add_store(mapper.store.id)
         self._mutex = threading.Lock()
         self._cache: Cache | None = None
         self._chunks: ChunkStore | None = None
         self._packs: OrderedDict[_PackName, EnginePack] = OrderedDict()
         self._opened = 0
-        self._descriptors: bool | None = None
 
     @property
     def chunks(self) -> ChunkStore:
@@ -132,6 +156,10 @@ class SealedStore:
         assert record.sealed is not None
         resolver = _Resolver(self, Digest(bytes.fromhex(record.sealed.root)))
         return EngineLayer.sealed(record.id, self._shared.table, resolver)
+
+    def pack_cache(self) -> CacheStatistics | None:
+        """Of the node's pack cache, if there is one yet."""
+        return self._shared.pack_statistics()
 
     def forget(self, packs: Iterable[PackId]) -> None:
         """Packs were deleted, or damaged ones were mended: find everything anew."""
@@ -197,7 +225,7 @@ class SealedStore:
                     f"map page {leaf.hex()} is damaged: chunk {extent.digest.hex()} has {location.raw_bytes} bytes "
                     "only; run `archip check`"
                 )
-            unpacked = location.coding is not Coding.RAW or not self._has_descriptors(location.pack)
+            unpacked = location.coding is not Coding.RAW
             start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
             index = names.setdefault((unpacked, location.pack), len(names))
             places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
@@ -206,16 +234,6 @@ class SealedStore:
         if None not in locations:
             self.chunks.region_put(leaf, blob, ticket)
         return blob
-
-    def _has_descriptors(self, pack: PackId) -> bool:
-        """Whether the driver gives descriptors of its packs; this one tells for all of them."""
-        if self._descriptors is None:
-            opened = self._mapper.blocker.open(pack_key(pack))  # be it damaged or not
-            try:
-                self._descriptors = opened.fileno() is not None
-            finally:
-                opened.close()
-        return self._descriptors
 
     def _pack(self, name: _PackName) -> EnginePack:
         with self._mutex:
@@ -228,7 +246,10 @@ class SealedStore:
             opened = EnginePack(pack, _Unpacked(self, pack), UNPACKED_BYTES)
         else:
             data = self.chunks.open_pack(pack)
-            opened = EnginePack(pack, data, data.size())
+            if data.fileno() is None:
+                opened = self._shared.packs.open(self._mapper.store.id, pack, data)
+            else:
+                opened = EnginePack(pack, data, data.size())
         with self._mutex:
             self._packs[name] = opened
             if len(self._packs) > PACKS_OPEN_MAX:

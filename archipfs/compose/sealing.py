@@ -71,10 +71,11 @@ def layers_to_seal(catalog: Catalog, target: LayerId) -> list[LayerId]:
 def bytes_to_seal(mapper: Mapper, target: LayerId) -> int:
     """About how much there is to read: what the unsealed layers from ``target`` down take in the store."""
     unsealed = [record.id for record in mapper.catalog.chain(target) if record.sealed is None]
-    return sum(_stored_bytes(mapper, layer) for layer in unsealed)
+    return sum(stored_bytes(mapper, layer) for layer in unsealed)
 
 
-def _stored_bytes(mapper: Mapper, layer: LayerId) -> int:
+def stored_bytes(mapper: Mapper, layer: LayerId) -> int:
+    """What the layer's data object takes in the store; nothing if it has none."""
     try:
         data = mapper.blocker.open_data(data_key(layer), writable=False)
     except ObjectMissing:
@@ -94,10 +95,11 @@ def seal_layer(
     gone, since nobody needs it any more. What was stored before an error is found again by whoever seals it next.
     """
     while True:
-        with _reading(mapper, store, layer) as (chain, reader):
+        with reading_chain(mapper, store, layer) as (chain, engine):
             record, base = chain[0], chain[-1] if chain[-1].sealed is not None else None
             if record.sealed is not None:
                 return record
+            reader = ChainReader(engine, base.id if base is not None else None)
             with suppress(Swept), _mapped(mapper, store, reader, VOLUME_BYTES_MAX, base, threads, advance) as stored:
                 return commit_sealed(mapper.catalog, record, base, *stored)
 
@@ -155,8 +157,10 @@ def mask_bits(mapper: Mapper) -> int:
 
 
 @contextmanager
-def _reading(mapper: Mapper, store: SealedStore, layer: LayerId) -> Iterator[tuple[list[LayerRecord], "_ChainReader"]]:
-    """The chain from ``layer`` on, which ends at its nearest sealed layer, and its bytes."""
+def reading_chain(
+    mapper: Mapper, store: SealedStore, layer: LayerId
+) -> Iterator[tuple[list[LayerRecord], EngineVolume]]:
+    """The chain from ``layer`` on, which ends at its nearest sealed layer, and its bytes, durable as they are."""
 
     def open_chain(chain: Sequence[LayerRecord]) -> tuple[list[LayerRecord], list[EngineLayer]]:
         return list(chain), open_durable_chain(mapper.blocker, store, chain, VOLUME_BYTES_MAX)
@@ -168,13 +172,13 @@ def _reading(mapper: Mapper, store: SealedStore, layer: LayerId) -> Iterator[tup
         for each in layers:
             each.close()
     try:
-        yield chain, _ChainReader(engine, chain[-1].id if chain[-1].sealed is not None else None)
+        yield chain, engine
     finally:
         engine.close(clean=False)
 
 
-class _ChainReader:
-    """A chain of layers as ``build_map`` reads it."""
+class ChainReader:
+    """A chain of layers as ``build_map`` reads it; with ``base``, only what does not come straight from that one."""
 
     def __init__(self, engine: EngineVolume, base: LayerId | None) -> None:
         self._engine = engine

@@ -7,19 +7,32 @@ Reads, writes and flushes take neither of the two.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from archipfs.compose.control import Control
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ArchipError, Fenced, LockHeld, NotFound, ObjectMissing, ReadOnlyVolume, StoreError
+from archipfs.errors import (
+    ArchipError,
+    Fenced,
+    LockHeld,
+    NotFound,
+    ObjectMissing,
+    ReadOnlyVolume,
+    ShutOut,
+    StoreError,
+    StoreUnavailable,
+)
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
+
+STORE_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +53,33 @@ class EngineUser(Protocol):
         """Return when nobody is in a call of its engine any more, nor will be. Must not raise."""
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The backend that a volume lies in, and what this node has for it."""
+
+    mapper: Mapper
+    live: LiveBitmaps
+    sealed: SealedStore
+
+
 class OpenVolume:
     """Counted by the composer, which starts it for the first user and stops it after the last."""
 
-    def __init__(
-        self,
-        mapper: Mapper,
-        live: LiveBitmaps,
-        sealed: SealedStore,
-        volume: VolumeId,
-        engine_users: Sequence[EngineUser] = (),
-    ) -> None:
+    def __init__(self, home: Home, volume: VolumeId, engine_users: Sequence[EngineUser] = ()) -> None:
         self.id = volume
-        self.mapper = mapper
+        self._home = home
         self.uses = 0
         self.opened_ns = time.time_ns()
-        self.control = threading.RLock()
+        self.control = Control()
         """Held by whoever changes what the volume is made of: start, stop, snapshot, resize, commit."""
-        self._live = live
-        self._sealed = sealed
         self._engine_users = engine_users
         self._record: VolumeRecord | None = None
         self._engine: EngineVolume | None = None
         self._lease: LockRecord | None = None
         self._lock_version: int | None = None
         """At which the lock's record was seen to be as we left it."""
+        self._replica: VolumeRecord | None = None
+        """As it was when it was opened, if it was a replica."""
         self._guard_mutex = threading.Lock()
         self._fenced = False
         self._may_be_cut = True
@@ -134,6 +149,12 @@ class OpenVolume:
             lease = self.mapper.locks.take(self.id, Hold.IO, called=self.name)
             try:
                 # Only now is the record ours alone to change.
+                before = self.mapper.catalog.volume(self.id).record
+                if before.replica_of is not None:
+                    # Before anything is read: whoever copies to it does so only as long as it is a replica.
+                    self.mapper.change(self.id, _of_its_own)
+                if lease.broken:
+                    lease = self._put_head_on_broken(lease)
                 record = self.mapper.catalog.volume(self.id).record
                 with self._open_chain(lease, record.layer, record.visible) as layers:
                     size = max(record.size, _live_size(layers))
@@ -143,8 +164,23 @@ class OpenVolume:
                     self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
                 raise
             self._record, self._lease, self._lock_version = record, lease, None
+            self._replica = before if before.replica_of is not None else None
             self._may_be_cut = True
             self._begin(engine)
+            self._renew_guard()
+
+    def _put_head_on_broken(self, lease: LockRecord) -> LockRecord:
+        """Put an empty head on top of the one that a former owner may still write to, whose lock was broken.
+
+        What arrives late can then be seen, as long as nothing newer was written there, but overwrites nothing.
+        """
+        record = self.mapper.catalog.volume(self.id).record
+        # The old head goes on showing as much of its parent as the volume did, and the new one no more than its size.
+        self.mapper.limit_parent(record.layer, record.visible)
+        with self.mapper.new_layer(record.layer, record.size) as head:
+            fields = {"layer": head.id, "visible": VOLUME_BYTES_MAX}
+            self.mapper.change(self.id, lambda now: _with_head(now, record.layer, **fields))
+        return self.mapper.locks.mended(lease)
 
     def stop(self) -> None:
         """Make everything durable, close the layers, give the lock back, and purge the volume if it was removed.
@@ -172,17 +208,24 @@ class OpenVolume:
             except LockHeld:
                 return
         self.mapper.purge(record)
-        self._live.forget(record.layer)
+        self._home.live.forget(record.layer)
 
     def _stop_writing(self, engine: EngineVolume, lease: LockRecord) -> None:
         clean = False
         try:
             self._flush(engine, lease)
             self._commit(self.record, engine.size)
+            self._be_replica_again()
             clean = True
         finally:
             engine.close(clean=clean)
         self.mapper.locks.give_back(self.id, Hold.IO, called=self.name)
+
+    def _be_replica_again(self) -> None:
+        """Nobody has written to it: it still holds what its original did."""
+        was, now = self._replica, self.record
+        if was is not None and (was.layer, was.size) == (now.layer, now.size) and self.head_is_empty():
+            self._change(replica_of=was.replica_of)
 
     def abandon(self) -> None:
         """Let go of everything as a crash of the process would. For tests, and for a process that must end."""
@@ -202,6 +245,11 @@ class OpenVolume:
                 user.engine_closing(self.id)
 
     # What it is
+
+    @property
+    def mapper(self) -> Mapper:
+        """Of the backend that it lies in: another one once it was moved, which happens under ``control``."""
+        return self._home.mapper
 
     @property
     def record(self) -> VolumeRecord:
@@ -305,7 +353,7 @@ class OpenVolume:
             with self.reading() as engine:
                 yield engine
             return
-        frozen = self._freeze_if_written()
+        frozen = self.freeze_if_written()
         # What the layers show is theirs to say: freezing has written down how far the head showed its parent.
         record = msgspec.structs.replace(self.record, layer=frozen.layer, size=frozen.size, visible=VOLUME_BYTES_MAX)
         engine = self._durable_engine(record)
@@ -314,7 +362,8 @@ class OpenVolume:
         finally:
             engine.close(clean=False)
 
-    def _freeze_if_written(self) -> Frozen:
+    def freeze_if_written(self) -> Frozen:
+        """As ``freeze``, but without a new layer where nothing was written since the last snapshot."""
         with self.control:
             engine, below = self.engine, self.mapper.catalog.layer(self.record.layer).record.reads_parent
             size = engine.size
@@ -418,7 +467,7 @@ class OpenVolume:
         """Whether the record has these values. If the store does not say, the engine takes no more writes, for nobody
         knows what they would be written to."""
         try:
-            found = self.mapper.catalog.volume(self.id).record
+            found = self._record_at_last()
         except ArchipError:
             engine.fail()
             raise
@@ -427,6 +476,20 @@ class OpenVolume:
         self._record = found
         self._renew_guard()
         return True
+
+    def _record_at_last(self) -> VolumeRecord:
+        """The record, as soon as the store says it.
+
+        A store that shuts out keeps what it has, and keeps others out, however long it cannot be reached: then we wait,
+        as do reads and writes. Any other one may have forgotten what was not durable.
+        """
+        while True:
+            try:
+                return self.mapper.catalog.volume(self.id).record
+            except (StoreUnavailable, ShutOut):
+                if self._fenced or not self.mapper.blocker.shuts_out:
+                    raise
+            time.sleep(STORE_RETRY_SECONDS)
 
     def replace_layers(self, layer: LayerId, visible: int, *, request: RequestId | None = None) -> None:
         """Be what ``layer`` holds, as a rollback wants it: on top of it, at its size. Everything was frozen before."""
@@ -480,6 +543,47 @@ class OpenVolume:
             finally:
                 engine.resume()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[EngineVolume]:
+        """Requests wait within the block. The layers in the store, and their records, say all of what it holds."""
+        with self._paused() as engine:
+            engine.flush()  # what came between the flush before the gate was closed, and that
+            self.mapper.limit_parent(self.record.layer, min(self.record.visible, engine.parent_visible))
+            yield engine
+
+    def go_over(
+        self, home: Home, lease: LockRecord, record: VolumeRecord, commit: Callable[[], VolumeRecord]
+    ) -> VolumeRecord:
+        """While it stands still: be ``record``, which lies in another backend under our lock there, from ``commit`` on.
+
+        Returns what that returns. If it raises, the volume stays where it is.
+        """
+        engine = self.engine
+
+        def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
+            return open_live_chain(home.mapper.blocker, home.sealed, home.live, lease, chain, record.visible)
+
+        layers = home.mapper.catalog.with_chain(record.layer, open_chain)
+        try:
+            try:
+                committed = commit()
+            except ArchipError:
+                if not self._changed_after_all(engine, moved_to=home.mapper.store.id):
+                    raise
+                committed = self.record
+            self._home, self._record, self._lease = home, record, lease
+            self._lock_version, self._replica, self._may_be_cut = None, None, True
+
+            def follow() -> None:
+                engine.replace(layers, record.size)
+                self._verify(engine, lease)
+
+            self._follow(engine, follow)
+            return committed
+        finally:
+            for layer in layers:
+                layer.close()
+
     def frozen_below(self) -> LayerId | None:
         """The layer right below the head, durable with all below it; ``None`` if the head lies on nothing."""
         with self.control:
@@ -497,7 +601,7 @@ class OpenVolume:
             engine = self._engine
             if engine is None or self._fenced:
                 return
-            layer = self._sealed.open_layer(sealed)
+            layer = self._home.sealed.open_layer(sealed)
             try:
                 engine.rebase(sealed.id, layer)
             except ObjectMissing:
@@ -506,14 +610,14 @@ class OpenVolume:
                 layer.close()
 
     def verify_lease(self) -> None:
-        """Fence ourselves, and raise ``Fenced``, if the lock was broken."""
+        """Fence ourselves, and raise ``Fenced``, if the lock was broken. Does nothing where the store sees to it."""
         engine, lease = self._engine, self._lease
         if engine is not None and lease is not None:
             self._verify(engine, lease)
 
     def _durable_engine(self, record: VolumeRecord) -> EngineVolume:
         def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
-            return open_durable_chain(self.mapper.blocker, self._sealed, chain, record.visible)
+            return open_durable_chain(self.mapper.blocker, self._home.sealed, chain, record.visible)
 
         layers = self.mapper.catalog.with_chain(record.layer, open_chain)
         try:
@@ -527,7 +631,7 @@ class OpenVolume:
         """The layers from ``head`` on, to be written. An engine that was given them in the block goes on using them."""
 
         def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:
-            return open_live_chain(self.mapper.blocker, self._sealed, self._live, lease, chain, visible)
+            return open_live_chain(self.mapper.blocker, self._home.sealed, self._home.live, lease, chain, visible)
 
         layers = self.mapper.catalog.with_chain(head, open_chain)
         try:
@@ -537,13 +641,17 @@ class OpenVolume:
                 layer.close()
 
     def _open_head(self, lease: LockRecord, head: LayerRecord) -> EngineLayer:
-        return open_live_layer(self.mapper.blocker, self._live, lease, head, visible=head.parent_visible, head=True)
+        return open_live_layer(
+            self.mapper.blocker, self._home.live, lease, head, visible=head.parent_visible, head=True
+        )
 
     def _owned_lease(self) -> LockRecord:
         assert self._lease is not None, "an engine of a writable volume is open only under its lock"
         return self._lease
 
     def _verify(self, engine: EngineVolume, lease: LockRecord) -> None:
+        if self.mapper.blocker.shuts_out:
+            return  # the store takes nothing from us once the lock is broken
         try:
             self._lock_version = self.mapper.locks.verify(lease, called=self.name)
         except Fenced:
@@ -558,10 +666,11 @@ class OpenVolume:
         """
         with self._guard_mutex:
             engine, record, version = self._engine, self._record, self._lock_version
-            if engine is None or record is None or version is None:
+            if engine is None or record is None:
                 return
-            paths = self.mapper.locks.version_paths(self.id, version)
-            if paths is not None:
+            if self.mapper.blocker.shuts_out:
+                engine.guard(None, record.size)
+            elif version is not None and (paths := self.mapper.locks.version_paths(self.id, version)) is not None:
                 engine.guard(paths, record.size)
 
     def _fenced_error(self) -> Fenced:
@@ -569,10 +678,28 @@ class OpenVolume:
 
     def _fence(self, engine: EngineVolume) -> None:
         """Write no more, and read no more either: what we have in memory is not what the volume holds now."""
-        engine.fence()
         self._fenced = True
+        engine.fence()
+        self.mapper.locks.give_up(self.id)
         engine.resume()  # whoever fences while the gate is closed waits, in the next line, for those at the gate
         self._end()
+
+    def cast_out(self) -> None:
+        """As ``_fence``, by somebody who has not got ``control``: who has it finds every call to fail.
+
+        ``settle_cast_out`` has to follow, with ``control``.
+        """
+        self._fenced = True
+        engine = self._engine
+        if engine is not None:
+            with suppress(ArchipError):  # it is being closed, and that ends now
+                engine.fence()
+        self.mapper.locks.give_up(self.id)
+
+    def settle_cast_out(self) -> None:
+        """Return when nobody is in a call of the engine any more that was cast out."""
+        if self._fenced:
+            self._end()
 
     def _flush(self, engine: EngineVolume, lease: LockRecord) -> None:
         try:
@@ -600,18 +727,24 @@ class OpenVolume:
         """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile."""
         head = self.record.layer
 
-        def edit(record: VolumeRecord) -> VolumeRecord:
-            if record.layer != head:
-                raise Fenced(f"{self.name} was changed by another node after our lock was broken; we write no more")
-            return msgspec.structs.replace(record, **fields)
-
         try:
-            self._record = self.mapper.change(self.id, edit).record
+            self._record = self.mapper.change(self.id, lambda record: _with_head(record, head, **fields)).record
         except Fenced:
             if self._engine is not None:
                 self._fence(self._engine)
             raise
         self._renew_guard()
+
+
+def _of_its_own(record: VolumeRecord) -> VolumeRecord:
+    return msgspec.structs.replace(record, replica_of=None)
+
+
+def _with_head(record: VolumeRecord, head: LayerId, **fields: object) -> VolumeRecord:
+    """The record with other fields. Raises ``Fenced`` if its head is not ``head``."""
+    if record.layer != head:
+        raise Fenced(f"{record.name} was changed by another node after our lock was broken; we write no more")
+    return msgspec.structs.replace(record, **fields)
 
 
 def _live_size(layers: list[EngineLayer]) -> int:

@@ -5,7 +5,8 @@ Arguments and answers are plain values that JSON can carry. Sizes are integer by
 
 import base64
 import inspect
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,19 @@ from archipfs.compose.diff import bitmap, check_granularity, differing_runs
 from archipfs.compose.hashing import hash_volume
 from archipfs.compose.sealing import mask_bits
 from archipfs.compose.sparse_file import SparseFile
-from archipfs.daemon.node import Node
-from archipfs.errors import DaemonError, NotFound, ObjectDamaged, ObjectMissing
+from archipfs.daemon.node import Node, refuse_last
+from archipfs.errors import Busy, DaemonError, NotFound, ObjectDamaged, ObjectMissing
+from archipfs.map.catalog import Versioned
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.pithos import top_hash
+from archipfs.map.records import VolumeRecord
 from archipfs.types import Digest, RequestId
 
 if TYPE_CHECKING:
     from archipfs.map.space import Space
+
+PAUSE_SECONDS = 0.1
+"""A command that is slowed down sees that often whether it is to end."""
 
 Answer = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -63,9 +69,11 @@ def call(node: Node, command: str, arguments: Mapping[str, Any], sent: Sent = Se
 # Volumes
 
 
-def volume_list(node: Node) -> list[Answer]:
-    """Every volume, by name. Cheap: what takes a look at the bytes is in ``volume_info``."""
-    found = sorted(node.composer.volumes(), key=lambda each: str(each.record.name))
+def volume_list(node: Node, backend: str | None = None) -> list[Answer]:
+    """Every volume, by name; of one backend, what has no name of its own on this node too: replicas, and what lies
+    behind others of its name. Cheap: what takes a look at the bytes is in ``volume_info``."""
+    volumes = node.composer.volumes() if backend is None else node.composer.volumes_in(backend)
+    found = sorted(volumes, key=lambda each: str(each.record.name))
     names = {each.record.id: each.record.name for each in found}
     return [summary(each, names.get(each.record.origin) if each.record.origin else None) for each in found]
 
@@ -169,6 +177,19 @@ def volume_import(
     return {**_made(made.made), "data": made.data_bytes, "added": made.added_bytes}
 
 
+def volume_move(node: Node, sent: Sent, name: str, origin: str, target: str) -> Answer:
+    """To another backend, where it is then, whether it came there just now or before."""
+    moved = node.composer.move(name, origin=origin, target=target, progress=sent.progress)
+    return {
+        "name": name,
+        "origin": origin,
+        "target": target,
+        "size": moved.record.size,
+        "added": moved.added_bytes,
+        "was_there": moved.was_there,
+    }
+
+
 def volume_lock(node: Node, name: str) -> Answer:
     return describe_lock(node.composer.lock(name))
 
@@ -217,6 +238,63 @@ def volume_diff(node: Node, sent: Sent, one: str, other: str, granularity: int |
 
 def backend_list(node: Node) -> list[Answer]:
     return [_backend(node, mapper) for mapper in node.composer.mappers.values()]
+
+
+def backend_attach(node: Node, name: str) -> Answer:
+    """Use a backend that was just added to the configuration."""
+    node.attach(name)
+    return {"name": name}
+
+
+def backend_remove(node: Node, name: str, keep_data: bool = False, dry_run: bool = False) -> Answer:
+    """Forget a backend. ``keep_data``: whatever it holds, and without a look at it."""
+    refuse_last(node.config, name)
+    if not keep_data:
+        _refuse_volumes(name, list(node.composer.mapper(name).volumes()))
+    if not dry_run:
+        node.detach(name)
+    return {"name": name, "default": node.composer.default_backend, "dry_run": dry_run}
+
+
+def _refuse_volumes(backend: str, volumes: Sequence[Versioned[VolumeRecord]]) -> None:
+    if volumes:
+        some = min(str(found.record.name) for found in volumes)
+        count = f"{len(volumes)} volumes and snapshots" if len(volumes) > 1 else "a volume or snapshot"
+        raise Busy(
+            f"backend {backend} holds {count}, {some} for one; remove or move them (see `archip volume-list --backend "
+            f"{backend}`), or give --keep-data to forget the backend and leave its store as it is"
+        )
+
+
+def backend_sync(
+    node: Node, sent: Sent, origin: str, target: str, dry_run: bool = False, rate: int | None = None
+) -> Answer:
+    """Copy to ``target`` what it lacks of ``origin``, ``rate`` bytes a second at most."""
+    done = node.composer.sync(origin, target, dry_run=dry_run, progress=_slowly(sent.progress, rate))
+    return {
+        "origin": origin,
+        "target": target,
+        "copied": done.copied,
+        "current": done.current,
+        "passed_over": [{"name": name, "why": why} for name, why in done.passed_over],
+        "added": done.added_bytes,
+        "dry_run": dry_run,
+    }
+
+
+def _slowly(progress: Progress, rate: int | None) -> Progress:
+    """``progress`` that returns no sooner than so many bytes a second allow."""
+    if rate is None:
+        return progress
+    started = time.monotonic()
+
+    def slow(done: int, total: int) -> None:
+        progress(done, total)
+        while time.monotonic() - started < done / rate:
+            time.sleep(PAUSE_SECONDS)
+            progress(done, total)
+
+    return slow
 
 
 def backend_info(node: Node, name: str) -> Answer:
@@ -355,6 +433,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-remove": volume_remove,
     "volume-seal": volume_seal,
     "volume-import": volume_import,
+    "volume-move": volume_move,
     "volume-lock": volume_lock,
     "volume-unlock": volume_unlock,
     "volume-open": volume_open,
@@ -363,6 +442,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "volume-diff": volume_diff,
     "backend-list": backend_list,
     "backend-info": backend_info,
+    "backend-attach": backend_attach,
+    "backend-remove": backend_remove,
+    "backend-sync": backend_sync,
     "check": check,
     "scrub": scrub,
     "gc": gc,
@@ -374,5 +456,17 @@ NOT_TWICE = frozenset(
 )
 """Their functions are told how the command came. All others may be carried out again: they say what shall be so."""
 
-LONG = frozenset({"volume-seal", "volume-import", "volume-hash", "volume-diff", "check", "scrub", "gc"})
+LONG = frozenset(
+    {
+        "backend-sync",
+        "volume-move",
+        "volume-seal",
+        "volume-import",
+        "volume-hash",
+        "volume-diff",
+        "check",
+        "scrub",
+        "gc",
+    }
+)
 """Their functions are told how the command came too: they say how far they are."""

@@ -9,11 +9,12 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +26,9 @@ from archipfs.compose.composer import Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
-from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, save_backend
+from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, forget_backend, load_config, save_backend
 from archipfs.daemon.upkeep import Upkeep
-from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, StoreError
+from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, InvalidInput, NotFound, StoreError
 from archipfs.map.locks import Node as NodeIdentity
 from archipfs.map.mapper import AS_USUAL, Mapper, StoreOptions, create_store
 from archipfs.map.names import check_name
@@ -50,6 +51,35 @@ class Node:
     """Called with a volume's id after its content or size changed other than by writing."""
     upkeep: Mapping[str, Upkeep]
     """By backend."""
+    _stores: "_Stores"
+    _backends_change: threading.Lock = field(default_factory=threading.Lock)
+
+    def attach(self, name: str) -> None:
+        """Use a backend that was added to the configuration since it was read; nothing happens if we do already."""
+        with self._backends_change:
+            if name in self.composer.mappers:
+                return
+            config = load_config(root=self.config.root, path=None if self.config.root else self.config.path)
+            backend = config.backends.get(name)
+            if backend is None:
+                raise NotFound(f"no backend is called {name} in {config.path}; make it with `archip backend-create`")
+            mapper, sealed = self._stores.open(backend, self.identity, self.composer.mappers)
+            self.composer.add_backend(mapper, sealed)
+            self.upkeep = {**self.upkeep, name: Upkeep(mapper, sealed, config.state_dir)}
+            self.config = replace(self.config, backends={**self.config.backends, name: backend})
+
+    def detach(self, name: str) -> None:
+        """Take a backend out of the configuration and use it no more. Raises ``Busy`` if a volume of it is open."""
+        with self._backends_change:
+            refuse_last(self.config, name)
+            mapper, sealed = self.composer.drop_backend(name)
+            try:
+                self.config = forget_backend(self.config, name)
+            except BaseException:
+                self.composer.add_backend(mapper, sealed)
+                raise
+            # What is under way in it comes to its end: its store is closed when the node ends.
+            self.upkeep = {other: upkeep for other, upkeep in self.upkeep.items() if other != name}
 
 
 @contextmanager
@@ -137,35 +167,54 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
         raise no_backend(config)
     make_directory(config.state_dir)
     identity = NodeIdentity(_node_id(config.state_dir), socket.gethostname())
-    with ExitStack() as stack:
+    with _Stores(config) as stores:
         mappers: dict[str, Mapper] = {}
+        sealed: dict[str, SealedStore] = {}
         for backend in config.backends.values():
-            blocker = open_backend(backend)
-            stack.callback(blocker.close)
-            mapper = Mapper(backend.name, blocker, identity, format_bitmap)
-            _refuse_twin(mapper, mappers)
-            mappers[backend.name] = mapper
+            mappers[backend.name], sealed[backend.name] = stores.open(backend, identity, mappers)
         default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
-        sealed = stack.enter_context(_sealed_stores(config, mappers))
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
         if recover:
             composer.recover()
         upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
-        yield Node(config, identity, composer, dict, lambda volume: None, upkeep)
+        yield Node(config, identity, composer, dict, lambda volume: None, upkeep, stores)
         composer.close_all()
         composer.reclaim()
 
 
-@contextmanager
-def _sealed_stores(config: Config, mappers: Mapping[str, Mapper]) -> Iterator[Mapping[str, SealedStore]]:
-    shared = Shared(config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects)
-    stores = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
-    try:
-        yield stores
-    finally:
-        for store in stores.values():
-            store.close()
-        shared.close()
+class _Stores:
+    """What is open of the backends; closed in the order in which it leans on one another."""
+
+    def __init__(self, config: Config) -> None:
+        self._shared = Shared(
+            config.state_dir,
+            table_bytes_max=config.cache.extents,
+            objects_bytes_max=config.cache.objects,
+            packs_bytes_max=config.cache.packs,
+        )
+        self._blockers, self._sealed = ExitStack(), ExitStack()
+
+    def __enter__(self) -> "_Stores":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._blockers, ExitStack() as closing:
+            closing.callback(self._shared.close)
+            closing.callback(self._sealed.close)
+
+    def open(
+        self, backend: BackendConfig, identity: NodeIdentity, others: Mapping[str, Mapper]
+    ) -> tuple[Mapper, SealedStore]:
+        """Raises ``InvalidConfig`` if the store is that of another backend."""
+        with ExitStack() as opening:
+            blocker = open_backend(backend)
+            opening.callback(blocker.close)
+            mapper = Mapper(backend.name, blocker, identity, format_bitmap)
+            _refuse_twin(mapper, others)
+            self._blockers.push(opening.pop_all())
+        sealed = SealedStore(mapper, self._shared)
+        self._sealed.callback(sealed.close)
+        return mapper, sealed
 
 
 def no_backend(config: Config) -> InvalidConfig:
@@ -215,6 +264,14 @@ def create_backend(config: Config, backend: BackendConfig, options: StoreOptions
     finally:
         blocker.close()
     return save_backend(config, backend)
+
+
+def refuse_last(config: Config, backend: str) -> None:
+    """Raises ``InvalidInput`` if it is the only one, and ``NotFound`` if there is none of that name."""
+    if backend not in config.backends:
+        raise NotFound(f"no backend is called {backend}; see `archip backend-list`")
+    if len(config.backends) == 1:
+        raise InvalidInput(f"{backend} is the only backend; make another one first, or volumes have nowhere to lie")
 
 
 def create_default_backend(config: Config) -> Config:

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ class _Life:
                     "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
                     "uptime": time.monotonic() - started,
                     "pause_ms": self.pause_ms,
+                    "pack_cache": asdict(cache) if (cache := node.composer.pack_cache()) is not None else None,
                 }
 
             token = trio.lowlevel.current_trio_token()
@@ -277,10 +278,11 @@ async def _collect_garbage(node: Node) -> None:
 async def _watch_locks(node: Node, mount: Mount) -> None:
     """Every now and then see whether others have broken our locks, and have the kernel forget what it caches then."""
     threads = trio.CapacityLimiter(1)
+    node.composer.begin_watching_stores()
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         try:
-            for volume in await trio.to_thread.run_sync(node.composer.verify_leases, limiter=threads):
+            for volume in await trio.to_thread.run_sync(node.composer.watch_locks, limiter=threads):
                 await mount.operations.invalidate(inode_of(volume))
         except Exception:
             log.exception("bug", chore="watch locks")

@@ -484,6 +484,27 @@ class Session:
         for (digest, data), places in zip(chunks, found, strict=True):
             self._add(digest, Kind.CHUNK, data, places)
 
+    def lacks(self, digests: Iterable[Digest]) -> list[Digest]:
+        """Which of these are to be added, each once: the store has the others, and the session relies on them.
+
+        With a hash that is not trusted those are all: only who has the bytes can compare them.
+        """
+        distinct = list(dict.fromkeys(digests))
+        if not self._store.hash.trusted:
+            return distinct
+        lacking = []
+        for digest, places in zip(distinct, self._store.cache.find(distinct), strict=True):
+            if self._is_pending(digest, b""):
+                continue
+            place = self._store.place_to_rely_on(digest, b"", places)
+            if place is None:
+                lacking.append(digest)
+                continue
+            with self._changed:
+                self._relied_upon.add(place.pack)
+                self.hit_chunks += 1
+        return lacking
+
     def add_page(self, page: bytes) -> Digest:
         """As ``add_chunk``. Returns its digest."""
         digest = self._store.hash.digest(page)

@@ -127,7 +127,7 @@ class Mapper:
         self.backend = backend
         self.blocker = blocker
         self.catalog = Catalog(blocker)
-        self.locks = Locks(self.catalog, node)
+        self.locks = Locks(blocker, node)
         self.node = node
         self._format_bitmap = format_bitmap
         self._mutex = threading.Lock()
@@ -154,8 +154,8 @@ class Mapper:
     # Names
 
     @contextmanager
-    def reserve(self, name: str) -> Iterator[Reservation]:
-        """Take a name for a volume about to be made. Raises ``AlreadyExists``.
+    def reserve(self, name: str, volume: VolumeId | None = None) -> Iterator[Reservation]:
+        """Take a name for a volume about to be made, with a new id unless it has one. Raises ``AlreadyExists``.
 
         Left without ``publish``, the name resolves to nothing and is free again.
         """
@@ -165,7 +165,7 @@ class Mapper:
                 raise AlreadyExists(f"{name} is just being made by somebody else; choose another name")
             self._reserved.add(name)
         try:
-            volume = new_volume_id()
+            volume = volume or new_volume_id()
             yield Reservation(name, volume, self._claim(name, volume))
         finally:
             with self._mutex:
@@ -175,7 +175,7 @@ class Mapper:
         """Commit a new volume under the reserved name. Raises ``AlreadyExists`` if another node took it meanwhile."""
         made = self.catalog.put_volume(record, None)
         if not self._keeps_name(reservation):
-            self._withdraw(made)
+            self.withdraw(made)
             raise AlreadyExists(f"{reservation.name} was just made by somebody else; choose another name")
         return made
 
@@ -197,7 +197,8 @@ class Mapper:
                 continue
             return True
 
-    def _withdraw(self, made: Versioned[VolumeRecord]) -> None:
+    def withdraw(self, made: Versioned[VolumeRecord]) -> None:
+        """Take back what ``publish`` has made, unless it was changed since."""
         with suppress(Conflict):  # then it is being removed already
             self.catalog.delete(VolumeRecord, made.record.id, made.version)
 
@@ -257,15 +258,20 @@ class Mapper:
             yield record
 
     @contextmanager
-    def bare_layer(self) -> Iterator[LayerRecord]:
-        """As ``new_layer``, but it has no objects, since it is about to be sealed with what is in packs already."""
-        with self._pending_layer(None, 0) as record:
+    def bare_layer(self, original: LayerId | None = None) -> Iterator[LayerRecord]:
+        """As ``new_layer``, but it has no objects, since it is about to be sealed with what is in packs already.
+
+        ``original``: the layer of another store that it is a copy of.
+        """
+        with self._pending_layer(None, 0, original) as record:
             self.catalog.put(record, record.id, None)
             yield record
 
     @contextmanager
-    def _pending_layer(self, parent: LayerId | None, parent_visible: int) -> Iterator[LayerRecord]:
-        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns())
+    def _pending_layer(
+        self, parent: LayerId | None, parent_visible: int, original: LayerId | None = None
+    ) -> Iterator[LayerRecord]:
+        record = LayerRecord(new_layer_id(), parent, parent_visible, self.node.id, time.time_ns(), original=original)
         with self._mutex:
             self._pending.add(record.id)
             self._pending_since_reclaim.add(record.id)
@@ -389,7 +395,7 @@ class Mapper:
             # The other one leads to the layer now; whoever removes the source from here on sees that.
             self.still_there(source)
         except NotFound:
-            self._withdraw(made)
+            self.withdraw(made)
             raise
         return made
 
@@ -464,12 +470,16 @@ class Mapper:
         if entry is not None and entry.record.volume == volume and entry.record.replaced is not None:
             self._displace(entry.record.replaced, name)
 
-    def remove(self, volume: VolumeId) -> VolumeRecord:
-        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
+    def remove(self, volume: VolumeId, *, moved_to: str | None = None) -> VolumeRecord:
+        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock.
+
+        ``moved_to``: the id of the store in which it lives on.
+        """
         name = self.catalog.volume(volume).record.name
         if name is not None:
             self._finish_replacing(name, volume)
-        removed = self.change(volume, lambda record: msgspec.structs.replace(record, name=None)).record
+        fields = {"name": None} if moved_to is None else {"name": None, "moved_to": moved_to}
+        removed = self.change(volume, lambda record: msgspec.structs.replace(record, **fields)).record
         if name is not None:
             self._drop_name(name, volume)
         return removed

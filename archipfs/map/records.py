@@ -1,6 +1,6 @@
 """The records and their encoding: one header line, then JSON. docs/format.md has it field by field.
 
-    archipfs-record 3 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
+    archipfs-record 4 volume 9f3c…(nonce) 5d41…(xxh3-64 of the JSON)
     {"id":"…","name":"vm1",…}
 
 The nonce makes every encoding unique, so that a writer can tell its own value from an equal one of somebody else.
@@ -18,9 +18,11 @@ import xxhash
 from archipfs.errors import FormatTooNew, ObjectDamaged
 from archipfs.types import LayerId, PackId, RequestId, VolumeId
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 had no ``request`` in a volume's record, and is read as if that were null. Version 2 knew no sealing: no
-``sealed`` and ``sealing`` in a layer's record, no ``compression`` and ``chunk_sectors`` in the store's."""
+``sealed`` and ``sealing`` in a layer's record, no ``compression`` and ``chunk_sectors`` in the store's. Version 3 knew
+no second backend: no ``replica_of`` and ``moved_to`` in a volume's record, no ``original`` in a layer's; and no nodes
+that read on or write late: no ``since_ns`` in ``sealed``, no ``broken`` in a lock's."""
 _MAGIC = b"archipfs-record"
 _VERSION_PATTERN = re.compile(rb"[1-9][0-9]{0,8}")
 
@@ -42,6 +44,15 @@ class StoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compression: str = "none"
     chunk_sectors: int = 8
     """How many a chunk has on average: a power of two."""
+
+
+class Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """That a volume is the copy of the one with the same id in another store, and nobody has opened it yet."""
+
+    store: str
+    """That store's id."""
+    arriving: bool = False
+    """It is about to take that one's place: it has done so once that one's record says ``moved_to``."""
 
 
 class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +79,10 @@ class VolumeRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xattrs: dict[str, bytes] = {}
     request: RequestId | None = None
     """Who made it, or last renamed it or rolled it back: how such a request is recognised when it comes again."""
+    replica_of: Replica | None = None
+    """Nothing resolves to it on a node that has that store too."""
+    moved_to: str | None = None
+    """The id of the store in which it lives on; it has no name here any more."""
 
     @property
     def writable(self) -> bool:
@@ -83,6 +98,8 @@ class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the map holds, without the holes."""
     added_bytes: int
     """What sealing it added to the store; the rest was there already."""
+    since_ns: int = 0
+    """When that was committed: for a while, others may still read the objects that it was before."""
 
 
 class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +116,8 @@ class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Its map has all that it shows: the chain ends here, and ``parent`` only says where it came from."""
     sealing: str | None = None
     """Who is about to commit a root. Whoever takes this away makes that commit fail."""
+    original: LayerId | None = None
+    """The layer of another store that shows the same."""
 
     @property
     def reads_parent(self) -> LayerId | None:
@@ -133,6 +152,8 @@ class LockRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str
     since_ns: int
     holds: tuple[Hold, ...] = ()
+    broken: bool = False
+    """An owner lost it who may still write late. The next one puts a head on top of his before its first write."""
 
 
 class CondemnedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

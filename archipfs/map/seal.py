@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
+from typing import Protocol, TypeVar
 
 from archipfs.errors import ObjectDamaged, ObjectMissing
 from archipfs.map.chunker import cut
@@ -28,6 +29,9 @@ EXTENTS_MAX = 384
 BATCH_REGIONS_MAX = 32
 ASK_BYTES = 16 * SECTOR_BYTES
 """A run of changes longer than that may have holes worth looking for before it is read."""
+
+T = TypeVar("T")
+W = TypeVar("W")
 
 Progress = Callable[[int], None]
 """Told how many bytes more were read, in the thread that seals. What it raises ends the sealing."""
@@ -100,7 +104,7 @@ def build_map(
     leaves: dict[int, Digest | None] = {}
     more_sectors = 0
     batches = _batches(_changed_regions(reader, end, _Cursor(tree)))
-    for sealed in _in_threads(sealer.seal, batches, threads):
+    for sealed in chain.from_iterable(in_threads(sealer.seal, batches, threads)):
         leaves[sealed.number] = sealed.leaf
         more_sectors += sealed.more_sectors
         progress(sealed.read_bytes)
@@ -110,9 +114,9 @@ def build_map(
     return Map(root, (base.data_bytes if base is not None else 0) + more_sectors * SECTOR_BYTES)
 
 
-def _in_threads(work: Callable[[_Batch], list[_Sealed]], batches: Iterator[_Batch], threads: int) -> Iterator[_Sealed]:
+def in_threads(work: Callable[[W], T], batches: Iterator[W], threads: int) -> Iterator[T]:
     """The results, in no order: a thread may be putting a pack for long. One batch waits for the next free thread."""
-    under_way: set[Future[list[_Sealed]]] = set()
+    under_way: set[Future[T]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="seal") as pool:
         try:
             for batch in batches:
@@ -120,9 +124,9 @@ def _in_threads(work: Callable[[_Batch], list[_Sealed]], batches: Iterator[_Batc
                 if len(under_way) > threads:
                     done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                     for future in done:
-                        yield from future.result()
+                        yield future.result()
             for future in as_completed(under_way):
-                yield from future.result()
+                yield future.result()
         finally:
             for future in under_way:
                 future.cancel()

@@ -130,8 +130,8 @@ def _replace_in_records(root: Path, kind: str, old: bytes, new: bytes) -> None:
 
 
 def test_a_store_of_a_later_version(cli: Cli, vm1: str, root: Path) -> None:
-    _replace_in_records(root, "store", b"archipfs-record 3", b"archipfs-record 4")
-    cli("volume-list").failed(1, "format 4", "upgrade archipfs")
+    _replace_in_records(root, "store", b"archipfs-record 4", b"archipfs-record 5")
+    cli("volume-list").failed(1, "format 5", "upgrade archipfs")
 
 
 def test_a_damaged_record(cli: Cli, vm1: str, root: Path) -> None:

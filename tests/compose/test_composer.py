@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from archipfs.blockers.fault import Moment
-from archipfs.compose import composer as composer_module
+from archipfs.compose import volumes as volumes_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
 from archipfs.errors import (
@@ -52,7 +52,7 @@ def composer(world: World) -> Composer:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composer_module, "CLOSING_SECONDS", 0.05)
+    monkeypatch.setattr(volumes_module, "CLOSING_SECONDS", 0.05)
 
 
 def errors_of(world: World) -> list[str]:
@@ -789,7 +789,7 @@ class Crowd:
 
 @pytest.mark.timeout(120)
 def test_a_crowd_comes_to_an_end_and_leaves_a_whole_store(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composer_module, "CLOSING_SECONDS", 0.02)
+    monkeypatch.setattr(volumes_module, "CLOSING_SECONDS", 0.02)
     composer = world.composer()
     crowd = Crowd(composer, seconds=4)
     crowd.finish()

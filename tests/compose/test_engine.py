@@ -26,6 +26,7 @@ from archipfs.errors import (
     TooLarge,
 )
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
+from tests.compose.native import NativeBlocker
 
 BOOT = "11111111-2222-3333-4444-555555555555"
 SIZE = 1 << 40
@@ -93,7 +94,7 @@ class Rig:
     def __init__(self, blocker: Blocker, directory: Path) -> None:
         self.blocker = blocker
         self.live = directory / "live"
-        self.live.mkdir()
+        self.live.mkdir(parents=True)
 
     def new(self) -> str:
         layer_id = uuid.uuid4().hex
@@ -123,14 +124,15 @@ class Rig:
                 layer.close()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "native", "memory"])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     blocker: Blocker
-    if request.param == "file":
-        FileBlocker.create(tmp_path / "store")
-        blocker = FileBlocker(tmp_path / "store")
-    else:
+    if request.param == "memory":
         blocker = MemoryBlocker()
+    else:
+        FileBlocker.create(tmp_path / "store")
+        driver = FileBlocker if request.param == "file" else NativeBlocker
+        blocker = driver(tmp_path / "store")
     yield Rig(blocker, tmp_path)
     blocker.close()
 
@@ -160,6 +162,48 @@ def test_writes_any_bytes(rig: Rig, make: Callable[[bytes], bytes]) -> None:
     assert volume.write(SECTOR_BYTES, make(b"abc" * 5000)) == 15000
     assert volume.read(SECTOR_BYTES, 15000) == b"abc" * 5000
     assert volume.write(0, b"") == 0
+    volume.close(clean=False)
+
+
+def test_a_volume_waits_if_its_head_does(tmp_path: Path) -> None:
+    FileBlocker.create(tmp_path / "store")
+    near, far = (
+        Rig(FileBlocker(tmp_path / "store"), tmp_path / "near"),
+        Rig(NativeBlocker(tmp_path / "store"), tmp_path),
+    )
+    volume = near.volume(near.new())
+    assert not volume.waits
+    volume.swap_head(far.open(far.new()))
+    assert volume.waits
+    volume.swap_head(near.open(near.new()))
+    assert not volume.waits
+    volume.close(clean=False)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_native_objects_are_closed_once(tmp_path: Path) -> None:
+    FileBlocker.create(tmp_path / "store")
+    rig = Rig(NativeBlocker(tmp_path / "store"), tmp_path)
+    layer_id = rig.new()
+    before = open_descriptors()
+    volume = rig.volume(layer_id)
+    volume.write(0, b"x")
+    assert open_descriptors() > before
+    volume.close(clean=False)
+    assert open_descriptors() == before
+
+
+def test_a_guard_without_paths_is_believed(memory: Rig) -> None:
+    volume = memory.volume(memory.new(), size=5)
+    volume.write(0, b"12345")
+    assert not volume.sync()
+    volume.guard(None, 5)
+    assert volume.sync()
+    volume.write(5, b"6")
+    assert not volume.sync()
     volume.close(clean=False)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from archipfs.blockers.fault import SimulatedCrash
-from archipfs.compose import composer as composer_module
+from archipfs.compose import volumes as volumes_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import Busy, InvalidInput, NotFound
@@ -548,7 +548,7 @@ class ComposerModel(RuleBasedStateMachine):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composer_module, "CLOSING_SECONDS", 0.0)
+    monkeypatch.setattr(volumes_module, "CLOSING_SECONDS", 0.0)
 
 
 TestComposerModel = ComposerModel.TestCase

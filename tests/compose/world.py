@@ -23,7 +23,7 @@ from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.errors import StoreError
 from archipfs.map.check import Finding, Severity, check_backend
 from archipfs.map.locks import Node
-from archipfs.map.mapper import Mapper, create_store
+from archipfs.map.mapper import AS_USUAL, Mapper, StoreOptions, create_store
 from archipfs.map.records import Kind
 from archipfs.types import SECTOR_BYTES
 
@@ -158,7 +158,7 @@ class World:
         """With a cache of its own for each process, so that a process need not end before the next one begins; and what
         closes and removes that."""
         caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"  # made when it is needed
-        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20, packs_bytes_max=4 << 20)
         store = SealedStore(mapper, shared)
 
         def close() -> None:
@@ -190,6 +190,68 @@ class World:
         return [
             found for found in self.check() if not (found.severity is Severity.LEFTOVER and found.what == DANGLING_NAME)
         ]
+
+
+@dataclass(slots=True)
+class TwoStores:
+    """Two backends, a and b, of the same nodes."""
+
+    directory: Path
+    options_a: StoreOptions = AS_USUAL
+    options_b: StoreOptions = AS_USUAL
+    stores: dict[str, Blocker] = field(default_factory=lambda: {"a": MemoryBlocker(), "b": MemoryBlocker()})
+
+    def __post_init__(self) -> None:
+        create_store(self.stores["a"], self.options_a)
+        create_store(self.stores["b"], self.options_b)
+
+    def composer(
+        self, blockers: dict[str, Blocker] | None = None, *, host: str = "one", only: str | None = None
+    ) -> Composer:
+        """``only``: of a node that has no other backend."""
+        node = Node(hashlib.md5(host.encode()).hexdigest(), host)
+        mappers = {
+            name: Mapper(name, (blockers or {}).get(name, store), node, format_bitmap)
+            for name, store in self.stores.items()
+            if only in (None, name)
+        }
+        caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20, packs_bytes_max=4 << 20)
+        sealed = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
+        live = self.directory / (host if only is None else f"{host}-{only}")
+        composer = Composer(mappers, LiveBitmaps(live), sealed, only or "a")
+
+        def close() -> None:
+            for store in sealed.values():
+                store.close()
+            shared.close()
+            shutil.rmtree(caches, ignore_errors=True)
+
+        weakref.finalize(composer, close)
+        return composer
+
+    def mortal(self, side: str, plan: FaultPlan, host: str = "one") -> MortalBlocker:
+        """For a process that is going to crash at a call of one of the two."""
+        (self.directory / host).mkdir(parents=True, exist_ok=True)
+        return MortalBlocker(self.stores[side], self.directory / host, plan)
+
+    def problems(self) -> list[Finding]:
+        node = Node("0" * 32, "check")
+        return [
+            found
+            for name, store in self.stores.items()
+            for found in check_backend(Mapper(name, store, node, format_bitmap))
+            if (found.severity, found.what) != (Severity.LEFTOVER, DANGLING_NAME)
+        ]
+
+    def contents(self, side: str) -> dict[str, object]:
+        """Everything in one of the stores."""
+        store = self.stores[side]
+        records = {
+            key: found.version for kind in ("volume", "layer", "name") for key, found in store.list_records(kind)
+        }
+        objects = [*store.list("pack"), *store.list_data("layer"), *store.list_data("bitmap")]
+        return {**records, **dict.fromkeys(objects)}
 
 
 @contextmanager

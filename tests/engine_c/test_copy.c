@@ -453,6 +453,30 @@ static void *sync_run(void *argument) {
     return NULL;
 }
 
+static void test_a_guard_without_paths_goes_by_the_size(void) {
+    struct pair *pair = pair_start(SECTOR, 0, true);
+    struct ae_volume *volume = pair->a.volume;
+    put(&pair->a, 0, SECTOR, 'a');
+    CHECK_EQUAL(ae_volume_guard(volume, NULL, "/nothing-there", SECTOR), -EINVAL);
+    CHECK_EQUAL(ae_volume_guard(volume, "/", NULL, SECTOR), -EINVAL);
+    CHECK_EQUAL(ae_sync(volume), -EAGAIN);
+    CHECK_EQUAL(ae_volume_guard(volume, NULL, NULL, SECTOR), 0);
+    CHECK_EQUAL(ae_sync(volume), 0);
+    CHECK(!ae_layer_dirty(pair->a.layers[0]));
+
+    put(&pair->a, 0, SECTOR + 1, 'b');
+    CHECK_EQUAL(ae_sync(volume), -EAGAIN); /* it has grown */
+    CHECK_EQUAL(ae_volume_guard(volume, NULL, NULL, SECTOR + 1), 0);
+    CHECK_EQUAL(ae_sync(volume), 0);
+    CHECK_EQUAL(ae_volume_guard(volume, "/nothing-there", "/nothing-there", SECTOR + 1), 0);
+    CHECK_EQUAL(ae_sync(volume), -EAGAIN); /* the last call counts */
+    CHECK_EQUAL(ae_volume_guard(volume, NULL, NULL, SECTOR + 1), 0);
+    CHECK_EQUAL(ae_sync(volume), 0);
+    ae_volume_fence(volume);
+    CHECK_EQUAL(ae_sync(volume), -EIO);
+    pair_end(pair);
+}
+
 static void test_the_guard_is_renewed_under_syncs(void) {
     struct pair *pair = pair_start(SECTOR, 0, true);
     char present[160], following[160];
@@ -517,6 +541,7 @@ int main(void) {
         {"who waits at the gate finds the new chain", test_who_waits_at_the_gate_finds_the_new_chain},
         {"extension", test_extension},
         {"sync believes its guard", test_sync_believes_its_guard},
+        {"a guard without paths", test_a_guard_without_paths_goes_by_the_size},
         {"the guard is renewed under syncs", test_the_guard_is_renewed_under_syncs},
         {"file objects copy", test_file_objects},
     };

@@ -222,6 +222,87 @@ static void test_large_and_empty_is_cheap(void) {
     rig_end(&rig);
 }
 
+static uint64_t journeys(const struct rig *rig) {
+    const struct stored_layer *head = &rig->stored[rig->count - 1];
+    uint64_t count = 0;
+    for (enum disk_call call = 0; call < DISK_CALLS; call++)
+        count += head->data.calls[call] + head->bitmap.calls[call];
+    return count;
+}
+
+/* What a volume costs that lies behind a network, in calls to the store: each is a journey. */
+static void test_journeys_are_few(void) {
+    enum { WRITES = 10000, PAGES = 8192 };
+    struct rig rig;
+    rig_start(&rig, TIB);
+    put(&rig, TIB - SECTOR, SECTOR, 'z');
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    rig_close(&rig, true);
+    rig.machine.disks_wait = true;
+
+    uint64_t before = journeys(&rig);
+    rig_open(&rig, TIB, boot_id);
+    CHECK(journeys(&rig) - before <= 3); /* the bitmap's header and size, the data's size */
+    CHECK(ae_volume_waits(rig.volume));
+    before = journeys(&rig);
+    put(&rig, TIB / 2, SECTOR, 'a');
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    CHECK(journeys(&rig) - before <= 5); /* a group of pages, and what a write and a flush are */
+
+    uint64_t random = random_seed(3);
+    before = rig_head(&rig)->bitmap.calls[DISK_READ];
+    for (int i = 0; i < WRITES; i++)
+        put(&rig, random_below(&random, TIB / SECTOR) * SECTOR, SECTOR, 'b');
+    CHECK(rig_head(&rig)->bitmap.calls[DISK_READ] - before <= PAGES / 64);
+    before = journeys(&rig);
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    CHECK(journeys(&rig) - before <= PAGES / 256 + 3);
+    int64_t counted = ae_layer_count(rig.layers[0]);
+    CHECK(counted > WRITES - 100 && counted <= WRITES + 2);
+    rig_close(&rig, true);
+
+    rig_open(&rig, TIB, boot_id);
+    before = journeys(&rig);
+    CHECK_EQUAL(ae_layer_count(rig.layers[0]), counted);
+    CHECK(journeys(&rig) - before <= 2 * PAGES / 64 + 1);
+    before = journeys(&rig);
+    for (uint64_t i = 0; i < 16; i++) /* each in another group */
+        put(&rig, i * (TIB / 16) + 7 * SECTOR, SECTOR, 'c');
+    CHECK(journeys(&rig) - before <= 2 * 16);
+    before = journeys(&rig);
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    CHECK_EQUAL(journeys(&rig) - before, 3); /* data, all pages at once, bitmap */
+    CHECK_EQUAL(get(&rig, TIB / 2), 'a');
+    CHECK_EQUAL(get(&rig, TIB - SECTOR), 'z');
+    rig_end(&rig);
+}
+
+/* What is written beside dirty pages tells of nothing that is not durable, and fails as they do. */
+static void test_a_failed_flush_of_pages_in_a_gap(void) {
+    struct rig rig;
+    rig_start(&rig, TIB);
+    rig_close(&rig, true);
+    rig.machine.disks_wait = true;
+    rig_open(&rig, TIB, boot_id);
+    const uint64_t page = 128 << 20;
+    put(&rig, 0, SECTOR, 'a');
+    put(&rig, 9 * page, SECTOR, 'b');
+    disk_fail(&rig_head(&rig)->bitmap, DISK_WRITE, 1, -ENOSPC);
+    CHECK_EQUAL(ae_flush(rig.volume), -ENOSPC);
+    CHECK(ae_layer_dirty(rig.layers[0]));
+    put(&rig, 4 * page, SECTOR, 'c');
+    CHECK_EQUAL(ae_flush(rig.volume), 0);
+    CHECK(!ae_layer_dirty(rig.layers[0]));
+    uint64_t random = random_seed(1);
+    rig_close(&rig, true);
+    disk_power_cut(&rig_head(&rig)->bitmap, &random);
+    disk_power_cut(&rig_head(&rig)->data, &random);
+    rig_open(&rig, TIB, boot_id);
+    CHECK(get(&rig, 0) == 'a' && get(&rig, 9 * page) == 'b' && get(&rig, 4 * page) == 'c' && get(&rig, 5 * page) == 0);
+    CHECK_EQUAL(ae_layer_count(rig.layers[0]), 3);
+    rig_end(&rig);
+}
+
 /* Stores that are full or fail */
 
 static void test_failed_write_leaves_the_old(void) {
@@ -702,6 +783,8 @@ int main(void) {
         {"the time of change", test_the_time_of_change},
         {"open cuts the data object", test_open_cuts_the_data_object},
         {"large and empty is cheap", test_large_and_empty_is_cheap},
+        {"journeys are few", test_journeys_are_few},
+        {"a failed flush of pages in a gap", test_a_failed_flush_of_pages_in_a_gap},
         {"a failed write leaves the old", test_failed_write_leaves_the_old},
         {"a full bitmap object is not fatal", test_full_bitmap_object_is_not_fatal},
         {"a failed data flush is fatal", test_failed_data_flush_is_fatal},

@@ -150,6 +150,7 @@ static struct world *world_start(uint64_t seed) {
     check_seed = seed;
     world->random = random_seed(seed);
     machine_start(&world->machine, seed);
+    world->machine.disks_wait = seed % 2 == 1;
     directory_make(world->directory);
     new_boot(world);
     forget_versions(world);

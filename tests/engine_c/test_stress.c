@@ -299,6 +299,7 @@ static void sequence_round(uint64_t seed) {
     static struct sequence sequence;
     memset(&sequence, 0, sizeof sequence);
     machine_start(&sequence.machine, seed);
+    sequence.machine.disks_wait = seed % 2 == 1;
     sequence.machine.flush_ns = seed % 2 == 0 ? 50000 : 0;
     char directory[128];
     directory_make(directory);

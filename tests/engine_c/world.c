@@ -17,6 +17,7 @@ void machine_start(struct machine *machine, uint64_t seed) {
     machine->nowait_misses = 30;
     machine->flush_ns = 0;
     machine->disks_copy = true;
+    machine->disks_wait = false;
 }
 
 void machine_stop(struct machine *machine) { pthread_mutex_destroy(&machine->mutex); }
@@ -207,14 +208,16 @@ static int disk_flush(void *ctx) {
 
 static int disk_size(void *ctx, uint64_t *size) {
     struct disk *disk = ctx;
-    pthread_mutex_lock(&disk->machine->mutex);
+    int result = disk_enter(disk, DISK_SIZE);
     *size = disk->size_now;
-    return disk_leave(disk, 0);
+    return disk_leave(disk, result);
 }
 
 static int disk_next_data(void *ctx, uint64_t offset, uint64_t *found) {
     struct disk *disk = ctx;
-    pthread_mutex_lock(&disk->machine->mutex);
+    int result = disk_enter(disk, DISK_SEEK);
+    if (result < 0)
+        return disk_leave(disk, result);
     for (size_t i = sector_at(disk, offset / SECTOR); i < disk->count; i++) {
         uint64_t start = disk->sectors[i].number * SECTOR;
         if (disk->sectors[i].now != NULL && start < disk->size_now) {
@@ -227,7 +230,9 @@ static int disk_next_data(void *ctx, uint64_t offset, uint64_t *found) {
 
 static int disk_next_hole(void *ctx, uint64_t offset, uint64_t *found) {
     struct disk *disk = ctx;
-    pthread_mutex_lock(&disk->machine->mutex);
+    int result = disk_enter(disk, DISK_SEEK);
+    if (result < 0)
+        return disk_leave(disk, result);
     if (offset >= disk->size_now)
         return disk_leave(disk, -ENXIO);
     *found = offset;
@@ -270,8 +275,42 @@ static const struct ae_object_ops disk_ops = {
     .close = disk_close,
 };
 
+/* One journey for all of them; in the middle of it the power may fail. */
+static int disk_pwrite_each(void *ctx, const struct ae_write *writes, size_t count) {
+    struct disk *disk = ctx;
+    int result = disk_enter(disk, DISK_WRITE);
+    disk_leave(disk, result);
+    for (size_t i = 0; i < count; i++) {
+        pthread_mutex_lock(&disk->machine->mutex);
+        /* The last first: they come in any order. */
+        const struct ae_write *each = &writes[count - 1 - i];
+        if (result == 0 || i < count / 2)
+            copy_in(disk, each->buffer, each->length, each->offset);
+        disk_leave(disk, 0);
+    }
+    return result;
+}
+
+static const struct ae_object_ops far_disk_ops = {
+    .pread = disk_pread,
+    .pwrite = disk_pwrite,
+    .pwrite_each = disk_pwrite_each,
+    .punch = disk_punch,
+    .truncate = disk_truncate,
+    .flush = disk_flush,
+    .size = disk_size,
+    .next_data = disk_next_data,
+    .next_hole = disk_next_hole,
+    .close = disk_close,
+};
+
 struct ae_object disk_object(struct disk *disk) {
-    return (struct ae_object){.ops = &disk_ops, .ctx = disk, .first_write_bytes = DISK_FIRST_WRITE_BYTES};
+    return (struct ae_object){
+        .ops = disk->machine->disks_wait ? &far_disk_ops : &disk_ops,
+        .ctx = disk,
+        .waits = disk->machine->disks_wait,
+        .first_write_bytes = DISK_FIRST_WRITE_BYTES,
+    };
 }
 
 void disk_init(struct disk *disk, struct machine *machine) { *disk = (struct disk){.machine = machine}; }

@@ -19,13 +19,24 @@ struct machine {
     uint64_t random;
     unsigned nowait_misses; /* of 100 reads that must not wait, how many would */
     bool disks_copy;        /* whether one takes a range of another by itself */
+    bool disks_wait;        /* whether they lie behind a network; those of layers that are opened from then on */
     long flush_ns;          /* how long a flush goes on after it has done its work */
 };
 
 void machine_start(struct machine *machine, uint64_t seed);
 void machine_stop(struct machine *machine);
 
-enum disk_call { DISK_READ, DISK_WRITE, DISK_PUNCH, DISK_TRUNCATE, DISK_FLUSH, DISK_COPY, DISK_CALLS };
+enum disk_call {
+    DISK_READ,
+    DISK_WRITE,
+    DISK_PUNCH,
+    DISK_TRUNCATE,
+    DISK_FLUSH,
+    DISK_COPY,
+    DISK_SIZE,
+    DISK_SEEK,
+    DISK_CALLS
+};
 
 struct disk_sector {
     uint64_t number;

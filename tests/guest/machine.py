@@ -7,6 +7,7 @@ serial port is a console that goes to a log file.
 
 import base64
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOOT_TIMEOUT_S = 120.0
 COMMAND_TIMEOUT_S = 60.0
 KVM_PROBE_TIMEOUT_S = 5.0
 SHUTDOWN_TIMEOUT_S = 60.0
+MIGRATION_TIMEOUT_S = 120.0
 
 
 class GuestError(Exception):
@@ -76,6 +78,42 @@ def _qemu(image: Image, accelerator: str, memory_mib: int, kernel_arguments: str
     ]
 
 
+class Monitor:
+    """qemu's machine protocol (docs/interop/qmp-spec): a command a line, an answer a line, events in between."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rb")
+        self._greeted = False
+
+    def ask(self, command: str, **arguments: str) -> dict[str, Any]:
+        """The answer. Raises ``GuestError`` if qemu refuses the command or has ended."""
+        if not self._greeted:
+            self._greeted = True
+            self._next()  # the greeting
+            self.ask("qmp_capabilities")
+        self._connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            message = self._next()
+            if "error" in message:
+                raise GuestError(f"qemu refuses {command}: {message['error']['desc']}")
+            if "return" in message:
+                answer: dict[str, Any] = message["return"]
+                return answer
+
+    def _next(self) -> dict[str, Any]:
+        self._connection.settimeout(COMMAND_TIMEOUT_S)
+        line = self._lines.readline()
+        if not line:
+            raise GuestError("qemu has closed its monitor")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def close(self) -> None:
+        self._lines.close()
+        self._connection.close()
+
+
 class Guest:
     """One running guest. As a context manager it starts on entry and is killed on exit if it still runs."""
 
@@ -103,26 +141,59 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         self._serial: socket.socket | None = None
         self._received = b""
+        self._monitor: Monitor | None = None
 
     def start(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Boot, and return when the guest takes commands."""
         begun = time.monotonic()
-        self._serial, theirs = socket.socketpair()
         try:
-            with theirs, self.console.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self._command(theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                )
+            self._launch()
             while self._read_line(begun + timeout_s) != "ready":
                 pass
         except BaseException:
             self.kill()
             raise
         self.boot_s = time.monotonic() - begun
+
+    def _launch(self, *arguments: str) -> None:
+        self._serial, serial = socket.socketpair()
+        monitor, theirs = socket.socketpair()
+        self._monitor = Monitor(monitor)
+        with serial, theirs, self.console.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*self._command(serial.fileno(), theirs.fileno()), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[serial.fileno(), theirs.fileno()],
+            )
+
+    def move_to(self, target: "Guest", at: Path, timeout_s: float = MIGRATION_TIMEOUT_S) -> None:
+        """Live migration to ``target``, which was not started, by a socket ``at`` a path.
+
+        The target opens its disk while we still run; once it has all, our qemu ends, and commands go to the target.
+        """
+        deadline = time.monotonic() + timeout_s
+        assert self._monitor is not None, "not started"
+        try:
+            target._launch("-incoming", f"unix:{at}")
+            assert target._monitor is not None
+            target._monitor.ask("query-status")  # it listens, and has its disk open
+            self._monitor.ask("migrate", uri=f"unix:{at}")
+            while (state := self._monitor.ask("query-migrate").get("status")) != "completed":
+                if state == "failed" or time.monotonic() > deadline:
+                    raise GuestError(f"migration is {state}: {self._last_words()}; there: {target._last_words()}")
+                time.sleep(0.05)
+            self._monitor.ask("quit")
+            assert self._process is not None
+            self._process.wait(timeout_s)
+            while target._monitor.ask("query-status")["status"] != "running":
+                if time.monotonic() > deadline:
+                    raise GuestError(f"the guest does not run after its migration: {target._last_words()}")
+                time.sleep(0.05)
+        except BaseException:
+            target.kill()
+            raise
 
     def run(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:
         """Run a shell command in the guest: its exit status, and what it wrote on both outputs.
@@ -164,6 +235,8 @@ class Guest:
             self._process.wait()
         if self._serial is not None:
             self._serial.close()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -172,12 +245,13 @@ class Guest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.kill()
 
-    def _command(self, serial_fd: int) -> list[str]:
+    def _command(self, serial_fd: int, monitor_fd: int) -> list[str]:
         return [
             *_qemu(self.image, self.accelerator, self._memory_mib),
             *("-drive", self._drive),
             *("-serial", "stdio"),
             *("-chardev", f"socket,id=commands,fd={serial_fd}", "-serial", "chardev:commands"),
+            *("-chardev", f"socket,id=monitor,fd={monitor_fd}", "-mon", "chardev=monitor,mode=control"),
             *self._extra_arguments,
         ]
 

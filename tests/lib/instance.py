@@ -73,8 +73,16 @@ def kill_process(pid: int) -> None:
 class Instance:
     """One node in a directory of its own: ``root`` is its --root, ``path`` its mount point."""
 
-    def __init__(self, *, store: Path | None = None, front: bool = True, supervised: bool = False) -> None:
-        """``store``: the directory of its default backend, where that is not its own.
+    def __init__(
+        self,
+        *,
+        store: Path | None = None,
+        rados: Mapping[str, str] | None = None,
+        front: bool = True,
+        supervised: bool = False,
+    ) -> None:
+        """``store``: the directory of its default backend, where that is not its own; ``rados``: the options of one
+        that is a pool.
 
         ``supervised``: a daemon that was killed is started again. Else the mount that it leaves is stale.
         """
@@ -90,9 +98,11 @@ class Instance:
         self._log_start = 0
         self.root.mkdir()
         self.path.mkdir()
-        if store is not None:
+        options = {"driver": "rados", **rados} if rados is not None else {"driver": "file", "path": str(store)}
+        if store is not None or rados is not None:
+            words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
             try:
-                self.archip("backend-create", "default", "--driver", "file", "--path", store)
+                self.archip("backend-create", "default", *words)
             except AssertionError:
                 self.remove()  # nobody else knows of it yet
                 raise

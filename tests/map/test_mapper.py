@@ -75,8 +75,8 @@ def test_of_racing_makers_of_a_store_one_wins() -> None:
 
 def test_a_store_of_a_later_format_is_left_alone() -> None:
     blocker = MemoryBlocker()
-    blocker.put_record(f"store/{STORE_IDENT}", b"archipfs-record 4 store 0 0\n{}", None)
-    with pytest.raises(FormatTooNew, match="format 4, this archipfs reads 3; upgrade"):
+    blocker.put_record(f"store/{STORE_IDENT}", b"archipfs-record 5 store 0 0\n{}", None)
+    with pytest.raises(FormatTooNew, match="format 5, this archipfs reads 4; upgrade"):
         Mapper("default", blocker, Node("a", "one"), format_bitmap)
     with pytest.raises(FormatTooNew):
         create_store(blocker)

@@ -311,7 +311,7 @@ def judge_race(world: World, composer: Composer, *, made: bool) -> None:
 def test_reclaim_beside_an_operation_takes_nothing_that_is_named(
     tmp_path: Path, race: str, first: str, hosts: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("archipfs.compose.composer.CLOSING_SECONDS", 0.005)
+    monkeypatch.setattr("archipfs.compose.volumes.CLOSING_SECONDS", 0.005)
     operation, removal = RACES[race]
     for number, schedule in enumerate(schedules(whole_second)):
         world, blocker = race_world(tmp_path / str(number))

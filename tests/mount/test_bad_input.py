@@ -120,11 +120,11 @@ def test_a_store_of_a_newer_format_is_refused_as_such(make_instance: MakeInstanc
     header, _, payload = original[1:].partition(b"\n")  # a byte of the driver's comes first
     fields = header.split(b" ")
     newer = payload.replace(b'{"id"', b'{"colour":"red","id"')
-    fields[1], fields[4] = b"4", xxhash.xxh3_64_hexdigest(newer).encode()
+    fields[1], fields[4] = b"5", xxhash.xxh3_64_hexdigest(newer).encode()
     path.write_bytes(original[:1] + b" ".join(fields) + b"\n" + newer)
     for command in (("mount", instance.path), ("volume-list",), ("check",)):
         line = instance.refused(*command)
-        assert "has format 4" in line
+        assert "has format 5" in line
         assert "upgrade archipfs" in line
     path.write_bytes(original)
     instance.mount()

@@ -33,10 +33,41 @@ class Job:
         return "MiB/s" if self.block == "1m" else "IOPS"
 
 
-def command(path: Path, job: Job, size_bytes: int, seconds: float) -> list[str]:
+@dataclass(frozen=True)
+class RbdImage:
+    """An image that fio's rbd engine opens by itself."""
+
+    conf: Path
+    pool: str
+    name: str
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--ioengine=rbd", "--clientname=admin", f"--pool={self.pool}", f"--rbdname={self.name}"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CEPH_CONF": str(self.conf)}
+
+
+Place = Path | RbdImage
+"""What fio works on."""
+
+
+def arguments_of(place: Place) -> list[str]:
+    if isinstance(place, RbdImage):
+        return place.arguments
+    return [f"--filename={place}", "--ioengine=libaio", "--direct=1"]
+
+
+def environment_of(place: Place) -> dict[str, str]:
+    return place.environment if isinstance(place, RbdImage) else {}
+
+
+def command(place: Place, job: Job, size_bytes: int, seconds: float) -> list[str]:
     return [
         "fio",
-        *("--name=bench", f"--filename={path}", "--ioengine=libaio", "--direct=1", "--thread"),
+        *("--name=bench", *arguments_of(place), "--thread"),
         *(f"--rw={job.mode}", f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={size_bytes}"),
         *([] if job.once else ["--time_based", f"--runtime={round(seconds * 1e3)}ms"]),
         *("--norandommap", "--randrepeat=0"),
@@ -77,8 +108,9 @@ class Result:
         )
 
 
-def fio(path: Path, job: Job, size_bytes: int, seconds: float) -> Result:
-    return Result.of(run(*command(path, job, size_bytes, seconds), timeout_s=seconds + GRACE_S))
+def fio(place: Place, job: Job, size_bytes: int, seconds: float) -> Result:
+    done = command(place, job, size_bytes, seconds)
+    return Result.of(run(*done, timeout_s=seconds + GRACE_S, more_env=environment_of(place)))
 
 
 class Running:
@@ -112,10 +144,11 @@ def running(path: Path, job: Job, size_bytes: int, seconds: float) -> Iterator[R
         child.wait()
 
 
-def fill(path: Path, size_bytes: int) -> None:
+def fill(place: Place, size_bytes: int) -> None:
     """Write all of it once, so that nobody is measured on holes."""
-    options = ("--name=fill", f"--filename={path}", "--rw=write", "--bs=1m", f"--size={size_bytes}", "--end_fsync=1")
-    run("fio", *options, "--ioengine=psync", "--thread", timeout_s=FILL_TIMEOUT_S)
+    options = ("--name=fill", "--rw=write", "--bs=1m", f"--size={size_bytes}", "--end_fsync=1", "--thread")
+    engine = arguments_of(place) if isinstance(place, RbdImage) else [f"--filename={place}", "--ioengine=psync"]
+    run("fio", *options, *engine, timeout_s=FILL_TIMEOUT_S, more_env=environment_of(place))
 
 
 def write_some(path: Path, size_bytes: int, seconds: float) -> None:

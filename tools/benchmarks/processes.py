@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,13 @@ class CannotRun(Exception):
     """A target or a tool is not to be had on this machine."""
 
 
-def run(*command: str | Path, timeout_s: float = START_TIMEOUT_S) -> str:
+def run(*command: str | Path, timeout_s: float = START_TIMEOUT_S, more_env: Mapping[str, str] | None = None) -> str:
     """Run to the end; its output. Raises ``CannotRun`` with what it said."""
+    env = {**os.environ, **(more_env or {})}
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, env=env
+        )
     except FileNotFoundError:
         raise CannotRun(f"{command[0]} is not installed") from None
     except subprocess.TimeoutExpired:

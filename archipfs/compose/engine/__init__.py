@@ -1,5 +1,6 @@
 """The engine: C code that serves one volume out of its layers, and its Python face."""
 
+from archipfs.compose.engine.cached import CacheFiles, CacheStatistics
 from archipfs.compose.engine.extents import (
     PACK_DAMAGED,
     EnginePack,
@@ -12,6 +13,8 @@ from archipfs.compose.engine.face import EngineLayer, EngineVolume, Statistics, 
 
 __all__ = [
     "PACK_DAMAGED",
+    "CacheFiles",
+    "CacheStatistics",
     "EngineLayer",
     "EnginePack",
     "EngineVolume",

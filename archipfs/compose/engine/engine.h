@@ -74,6 +74,39 @@ struct ae_pack;
 int ae_pack_open(struct ae_object object, uint64_t size, struct ae_pack **pack);
 void ae_pack_release(struct ae_pack *pack);
 
+/*
+ * The pack cache: local files of what was fetched of packs that lie far away, `bytes_max` bytes of disk at most. Those
+ * go first that nobody has read for long. An error of the disk costs speed and nothing else.
+ */
+struct ae_cache;
+
+int ae_cache_open(uint64_t bytes_max, struct ae_cache **cache);
+/* No more is fetched ahead. Objects that are read through it go on, and keep what they need. */
+void ae_cache_close(struct ae_cache *cache);
+/* Have it take less of the disk from now on, or more. */
+void ae_cache_limit(struct ae_cache *cache, uint64_t bytes_max);
+/* A file that a process before us left at `path`, of so many bytes; those used longest ago first. */
+int ae_cache_adopt(struct ae_cache *cache, const char *path, uint64_t bytes);
+
+/*
+ * A pack of `size` bytes, read through a file at `path` (of no other pack), in a directory that is there. Blocks of 64
+ * KiB that the file does not have are read from `source` and kept: each once, however many ask for it. It takes over
+ * the source, and closes it when it fails. -EINVAL: a size that no pack has, or the path is open with another one.
+ */
+int ae_object_cached(struct ae_cache *cache, const char *path, const uint8_t pack[32], struct ae_object source,
+                     uint64_t size, struct ae_object *object);
+
+struct ae_cache_statistics {
+    uint64_t bytes, files; /* of the disk, now */
+    uint64_t hits;         /* reads, or parts of them, that the files answered */
+    uint64_t fetches, fetched_bytes;
+    uint64_t ahead_bytes; /* of these, those that nobody had asked for yet */
+    uint64_t evictions;
+    uint64_t failures; /* of the local disk */
+};
+
+void ae_cache_statistics(struct ae_cache *cache, struct ae_cache_statistics *statistics);
+
 /* The sectors [first, first + count) of a region lie one after the other from a byte offset of a pack on. */
 struct ae_extent {
     uint16_t first;
@@ -231,7 +264,8 @@ int ae_volume_next_change(struct ae_volume *volume, const uint8_t base[16], uint
                           uint64_t *from, uint64_t *until);
 /*
  * Have ae_sync believe that the volume's lock is ours as long as there is something at the path `present` and nothing
- * at `following`, and that `size` is recorded. Any thread; the last call counts.
+ * at `following`, and that `size` is recorded. Both NULL: the store takes nothing from us once the lock is not ours, so
+ * it needs no look. Any thread; the last call counts.
  */
 int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size);
 /*
@@ -240,6 +274,11 @@ int ae_volume_guard(struct ae_volume *volume, const char *present, const char *f
  */
 void ae_volume_fence(struct ae_volume *volume);
 
+/*
+ * Whether calls on it wait for a network, not for memory or a disk: its head lies there, or what was read of its sealed
+ * layer.
+ */
+bool ae_volume_waits(struct ae_volume *volume);
 uint64_t ae_volume_size(const struct ae_volume *volume);
 /* How many bytes of the head's parent shine through now. Control. */
 uint64_t ae_volume_parent_visible(const struct ae_volume *volume);
@@ -272,6 +311,8 @@ struct ae_calls {
     int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
     /* 0: all that returned before is durable. -EAGAIN: the composer has to see to it. */
     int (*sync)(struct ae_volume *volume);
+    /* Whether calls on it wait for a network, where memory cannot answer them. */
+    bool (*waits)(struct ae_volume *volume);
 };
 
 const struct ae_calls *ae_calls(void);

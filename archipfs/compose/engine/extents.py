@@ -4,14 +4,17 @@ A resolver is called back on the thread that reads, as data objects are (``objec
 same way.
 """
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from archipfs.blockers.contract import DataObject
 from archipfs.compose._engine import ffi, lib
+from archipfs.compose.engine.cached import CacheFiles
 from archipfs.compose.engine.handle import Handle
 from archipfs.compose.engine.objects import attempt, call, keep, open_object
 from archipfs.errors import InvalidInput
@@ -29,16 +32,29 @@ def _release_pack(pointer: Any) -> None:
 class EnginePack:
     """A pack that sealed layers read. It takes over the object, which is closed when nobody reads it any more."""
 
-    def __init__(self, pack: str, data: DataObject, size: int) -> None:
-        """``size`` in bytes is how large it should be: what lies beyond it, or beyond the object's end, is an error."""
+    def __init__(
+        self, pack: str, data: DataObject, size: int, *, cached: tuple[CacheFiles, Path] | None = None
+    ) -> None:
+        """``size`` in bytes is how large it should be: what lies beyond it, or beyond the object's end, is an error.
+
+        ``cached``: read it through this file, which is no other pack's, in a directory that is there.
+        """
         opened = ffi.new("struct ae_pack **")
-        with ExitStack() as unopened:
+        doing = f"opening pack {pack}"
+        with ExitStack() as entered, ExitStack() as unopened:
             unopened.callback(data.close)
             if size < 0:
                 raise InvalidInput(f"pack {pack}: its size is given as {size} bytes; it must not be negative")
+            through: tuple[Any, ...] = ()
+            if cached is not None:
+                files, path = cached
+                cache = entered.enter_context(files.handle)
+                through = cache, os.fsencode(path), ffi.new("uint8_t [32]", bytes.fromhex(pack))
             made = open_object(data, owned=True)
             unopened.pop_all()
-        call(f"opening pack {pack}", lib.ae_pack_open, made[0], size, opened)
+            if through:
+                call(doing, lib.ae_object_cached, *through, made[0], size, made)
+            call(doing, lib.ae_pack_open, made[0], size, opened)
         self._handle = Handle(ffi.gc(opened[0], _release_pack), f"pack {pack}")
 
     @property

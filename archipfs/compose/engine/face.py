@@ -347,13 +347,16 @@ class EngineVolume:
         with self._handle as volume:
             self._change(f"extending to {size} bytes", lib.ae_volume_extend, volume, _checked(size))
 
-    def guard(self, paths: VersionPaths, size: int) -> None:
+    def guard(self, paths: VersionPaths | None, size: int) -> None:
         """Let C code flush without asking us (``ae_sync``) while the lock's record stands and ``size`` is the size.
 
-        Any thread may call it at any time; the last call counts.
+        Without paths, which is for a store that takes nothing from us once somebody broke our lock, the record is not
+        looked at. Any thread may call it at any time; the last call counts.
         """
         with self._handle as volume:
-            names = os.fsencode(paths.present), os.fsencode(paths.following)
+            names = (
+                (ffi.NULL, ffi.NULL) if paths is None else (os.fsencode(paths.present), os.fsencode(paths.following))
+            )
             call(f"guarding layer {self._head_id}", lib.ae_volume_guard, volume, *names, _checked(size))
 
     def sync(self) -> bool:
@@ -417,6 +420,12 @@ class EngineVolume:
         """As if nothing had changed it yet: somebody set the time of change."""
         with self._handle as volume:
             lib.ae_volume_forget_change(volume)
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls wait for a network, and not for memory or a disk."""
+        with self._handle as volume:
+            return bool(lib.ae_volume_waits(volume))
 
     def address(self) -> int:
         """Where the engine's volume lies, for C code that calls it past us, by the table at ``calls_address``.

@@ -391,6 +391,7 @@ const struct ae_calls *ae_calls(void) {
         .seek_data = ae_seek_data,
         .seek_hole = ae_seek_hole,
         .sync = ae_sync,
+        .waits = ae_volume_waits,
     };
     return &calls;
 }

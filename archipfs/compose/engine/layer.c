@@ -4,6 +4,9 @@
  * A live file on a tmpfs that is full answers a touched hole with SIGBUS, and reading a hole takes space as well. So
  * space is asked for with fallocate before a block of states or a page is touched, and a state byte is looked at only
  * where its block is known to have space.
+ *
+ * Where the bitmap object lies behind a network, what is read or written of it costs a journey, however little it is.
+ * So pages are read a group at a time, and what lies between two pages to be written is written as well.
  */
 #include "layer.h"
 
@@ -20,6 +23,8 @@
 #define LIVE_PAGES_OFFSET (STATES_OFFSET + AE_PAGES_MAX)
 #define LIVE_BYTES (LIVE_PAGES_OFFSET + AE_PAGES_MAX * AE_PAGE_BYTES)
 #define FLUSH_PAGES 256u
+/* What is read at once where that is a journey: 256 KiB, for 8 GiB of the volume. */
+#define GROUP_PAGES 64u
 
 static uint8_t page_state(const struct ae_layer *layer, uint64_t page) {
     if (page >= layer->capacity_pages || !atomic_load(&layer->block_ready[page / AE_BLOCK_STATES]))
@@ -293,6 +298,8 @@ int ae_bitmap_format(struct ae_object bitmap, const uint8_t id[16]) {
 
 void ae_layer_retain(struct ae_layer *layer) { atomic_fetch_add(&layer->references, 1); }
 
+bool ae_layer_is_far(const struct ae_layer *layer) { return layer->sealed != NULL && ae_sealed_is_far(layer->sealed); }
+
 void ae_layer_release(struct ae_layer *layer) {
     if (atomic_fetch_sub(&layer->references, 1) == 1)
         layer_free(layer);
@@ -318,6 +325,46 @@ void ae_layer_distrust(struct ae_layer *layer) {
 
 /* Bits */
 
+static uint64_t group_pages(const struct ae_layer *layer) { return layer->bitmap.waits ? GROUP_PAGES : 1; }
+
+/* With the lock held: pages that are absent go over what the object has of them. */
+static int pages_read(struct ae_layer *layer, uint64_t page, uint64_t end) {
+    uint64_t durable_end = smaller(end, layer->durable_pages);
+    if (page >= durable_end)
+        return 0;
+    if (durable_end == page + 1)
+        return layer->bitmap.ops->pread(layer->bitmap.ctx, page_words(layer, page), AE_PAGE_BYTES,
+                                        page_object_offset(page));
+    size_t length = (durable_end - page) * AE_PAGE_BYTES;
+    char *bytes = malloc(length);
+    if (bytes == NULL)
+        return -ENOMEM;
+    int result = layer->bitmap.ops->pread(layer->bitmap.ctx, bytes, length, page_object_offset(page));
+    for (uint64_t each = page; result == 0 && each < durable_end; each++)
+        if (atomic_load(&layer->states[each]) == AE_PAGE_ABSENT)
+            memcpy(page_words(layer, each), bytes + (each - page) * AE_PAGE_BYTES, AE_PAGE_BYTES);
+    free(bytes);
+    return result;
+}
+
+/* With the lock held, and the page absent: read it, and its neighbours where that costs no more. */
+static int group_load(struct ae_layer *layer, uint64_t page) {
+    uint64_t first = page, end = page + 1;
+    if (page < layer->durable_pages) {
+        first = page - page % group_pages(layer);
+        end = smaller(smaller(first + group_pages(layer), layer->durable_pages), layer->capacity_pages);
+    }
+    int result = 0;
+    if (layer->live != NULL)
+        result = file_reserve(layer->live_fd, LIVE_PAGES_OFFSET + first * AE_PAGE_BYTES, (end - first) * AE_PAGE_BYTES);
+    if (result == 0)
+        result = pages_read(layer, first, end);
+    for (uint64_t each = first; result == 0 && each < end; each++)
+        if (atomic_load(&layer->states[each]) == AE_PAGE_ABSENT)
+            atomic_store(&layer->states[each], AE_PAGE_LOADED);
+    return result;
+}
+
 static int page_load(struct ae_layer *layer, uint64_t page) {
     if (page >= layer->capacity_pages)
         return -EFBIG;
@@ -329,15 +376,8 @@ static int page_load(struct ae_layer *layer, uint64_t page) {
         if (result == 0)
             atomic_store(&layer->block_ready[block], true);
     }
-    if (result == 0 && atomic_load(&layer->states[page]) == AE_PAGE_ABSENT) {
-        void *words = page_words(layer, page);
-        if (layer->live != NULL)
-            result = file_reserve(layer->live_fd, LIVE_PAGES_OFFSET + page * AE_PAGE_BYTES, AE_PAGE_BYTES);
-        if (result == 0 && page < layer->durable_pages)
-            result = layer->bitmap.ops->pread(layer->bitmap.ctx, words, AE_PAGE_BYTES, page_object_offset(page));
-        if (result == 0)
-            atomic_store(&layer->states[page], AE_PAGE_LOADED);
-    }
+    if (result == 0 && atomic_load(&layer->states[page]) == AE_PAGE_ABSENT)
+        result = group_load(layer, page);
     pthread_mutex_unlock(&layer->load_lock);
     return result;
 }
@@ -456,30 +496,50 @@ void ae_layer_set(struct ae_layer *layer, uint64_t first, uint64_t end) {
     }
 }
 
-/* A count read straight from the object leaves the page unloaded: it is asked for whole volumes, once. */
+static int64_t words_count(const ae_word *words) {
+    int64_t count = 0;
+    for (size_t i = 0; i < AE_PAGE_WORDS; i++)
+        count += __builtin_popcountll(atomic_load(&words[i]));
+    return count;
+}
+
+/* How many bits are set in the pages of a group from `page` on, as far as they are in memory or the object has them. */
+static int64_t group_count(struct ae_layer *layer, uint64_t page, ae_word *copy, uint64_t *until) {
+    if (page_state(layer, page) != AE_PAGE_ABSENT) {
+        *until = page + 1;
+        return words_count(page_words(layer, page));
+    }
+    *until = smaller(page - page % group_pages(layer) + group_pages(layer), layer->durable_pages);
+    int result =
+        layer->bitmap.ops->pread(layer->bitmap.ctx, copy, (*until - page) * AE_PAGE_BYTES, page_object_offset(page));
+    int64_t count = 0;
+    for (uint64_t each = page; result == 0 && each < *until; each++) {
+        bool in_memory = page_state(layer, each) != AE_PAGE_ABSENT;
+        count += words_count(in_memory ? page_words(layer, each) : copy + (each - page) * AE_PAGE_WORDS);
+    }
+    return result < 0 ? result : count;
+}
+
+/* A count read straight from the object leaves its pages unloaded: it is asked for whole volumes, once. */
 int64_t ae_layer_count(struct ae_layer *layer) {
     if (layer->sealed != NULL)
         return ae_sealed_count(layer->sealed);
-    uint64_t *copy = malloc(AE_PAGE_BYTES);
+    ae_word *copy = malloc(group_pages(layer) * AE_PAGE_BYTES);
     if (copy == NULL)
         return -ENOMEM;
     int64_t count = 0;
     uint64_t page = 0;
     for (;;) {
-        int result = page_skip_clear(layer, page, AE_PAGES_MAX, &page);
+        int64_t result = page_skip_clear(layer, page, AE_PAGES_MAX, &page);
         if (result == 0 && page == AE_PAGES_MAX)
             break;
-        bool in_memory = page_state(layer, page) != AE_PAGE_ABSENT;
-        if (result == 0 && !in_memory)
-            result = layer->bitmap.ops->pread(layer->bitmap.ctx, copy, AE_PAGE_BYTES, page_object_offset(page));
+        if (result == 0)
+            result = group_count(layer, page, copy, &page);
         if (result < 0) {
             free(copy);
             return result;
         }
-        const ae_word *words = page_words(layer, page);
-        for (size_t i = 0; i < AE_PAGE_WORDS; i++)
-            count += __builtin_popcountll(in_memory ? atomic_load(&words[i]) : copy[i]);
-        page++;
+        count += result;
     }
     free(copy);
     return count;
@@ -557,7 +617,37 @@ struct batch {
     uint64_t page[FLUSH_PAGES];
     uint64_t copy[FLUSH_PAGES][AE_PAGE_WORDS];
     size_t count;
+    struct ae_write writes[FLUSH_PAGES];
 };
+
+/* What nobody has touched and the object does not have is clear. */
+static void batch_add(const struct ae_layer *layer, uint64_t page, struct batch *batch) {
+    uint64_t *copy = batch->copy[batch->count];
+    batch->page[batch->count++] = page;
+    if (page_state(layer, page) == AE_PAGE_ABSENT) {
+        memset(copy, 0, AE_PAGE_BYTES);
+        return;
+    }
+    const ae_word *words = page_words(layer, page);
+    for (size_t i = 0; i < AE_PAGE_WORDS; i++)
+        copy[i] = atomic_load(&words[i]);
+}
+
+/*
+ * How many clean pages to write before `page`, so that it goes out with the one before. They may go like dirty ones:
+ * what is copied before the data is flushed never tells of data that is not.
+ */
+static size_t gap_before(const struct ae_layer *layer, uint64_t page, const struct batch *batch) {
+    if (batch->count == 0 || !layer->bitmap.waits)
+        return 0;
+    uint64_t first = batch->page[batch->count - 1] + 1;
+    if (page - first >= GROUP_PAGES || page - first >= FLUSH_PAGES - batch->count)
+        return 0;
+    for (uint64_t each = first; each < page; each++)
+        if (each < layer->durable_pages && page_state(layer, each) == AE_PAGE_ABSENT)
+            return 0;
+    return (size_t)(page - first);
+}
 
 /* Take the next dirty pages at or after `page`: turn them clean, then copy them. Returns where to go on. */
 static uint64_t batch_take(struct ae_layer *layer, uint64_t page, struct batch *batch) {
@@ -570,10 +660,9 @@ static uint64_t batch_take(struct ae_layer *layer, uint64_t page, struct batch *
         uint8_t dirty = AE_PAGE_DIRTY;
         if (atomic_load(&layer->states[page]) == AE_PAGE_DIRTY &&
             atomic_compare_exchange_strong(&layer->states[page], &dirty, AE_PAGE_LOADED)) {
-            const ae_word *words = page_words(layer, page);
-            for (size_t i = 0; i < AE_PAGE_WORDS; i++)
-                batch->copy[batch->count][i] = atomic_load(&words[i]);
-            batch->page[batch->count++] = page;
+            for (size_t gap = gap_before(layer, page, batch); gap > 0; gap--)
+                batch_add(layer, page - gap, batch);
+            batch_add(layer, page, batch);
         }
         page++;
     }
@@ -581,18 +670,34 @@ static uint64_t batch_take(struct ae_layer *layer, uint64_t page, struct batch *
 }
 
 /* Neighbours go out in one call. */
-static int batch_write(struct ae_layer *layer, const struct batch *batch) {
+static int batch_write(struct ae_layer *layer, struct batch *batch) {
+    const struct ae_object *bitmap = &layer->bitmap;
+    size_t count = 0;
     for (size_t i = 0; i < batch->count;) {
         size_t run = 1;
         while (i + run < batch->count && batch->page[i + run] == batch->page[i] + run)
             run++;
-        int result = layer->bitmap.ops->pwrite(layer->bitmap.ctx, batch->copy[i], run * AE_PAGE_BYTES,
-                                               page_object_offset(batch->page[i]));
-        if (result < 0)
-            return result;
+        batch->writes[count++] = (struct ae_write){
+            .buffer = batch->copy[i],
+            .length = run * AE_PAGE_BYTES,
+            .offset = page_object_offset(batch->page[i]),
+        };
         i += run;
     }
-    return 0;
+    if (bitmap->ops->pwrite_each != NULL)
+        return bitmap->ops->pwrite_each(bitmap->ctx, batch->writes, count);
+    int result = 0;
+    for (size_t i = 0; result == 0 && i < count; i++)
+        result =
+            bitmap->ops->pwrite(bitmap->ctx, batch->writes[i].buffer, batch->writes[i].length, batch->writes[i].offset);
+    return result;
+}
+
+/* None of it counts as written. A page that was only in a gap, and that nobody has touched, is clean in any case. */
+static void batch_give_back(struct ae_layer *layer, const struct batch *batch) {
+    for (size_t i = 0; i < batch->count; i++)
+        if (page_state(layer, batch->page[i]) != AE_PAGE_ABSENT)
+            atomic_store(&layer->states[batch->page[i]], AE_PAGE_DIRTY);
 }
 
 static int flush_fatal(struct ae_layer *layer, int result, bool *fatal) {
@@ -615,8 +720,7 @@ static int flush_pages(struct ae_layer *layer, struct batch *batch, bool *fatal)
             atomic_store(&layer->bitmap_dirty, true);
         int result = batch_write(layer, batch);
         if (result < 0) {
-            for (size_t i = 0; i < batch->count; i++)
-                atomic_store(&layer->states[batch->page[i]], AE_PAGE_DIRTY);
+            batch_give_back(layer, batch);
             return result;
         }
     } while (page < layer->capacity_pages);

@@ -2,6 +2,7 @@
  * An object over a file descriptor: the calls are made again until they are done, and what lies beyond the end of the
  * file reads as zeros, so that nobody above has to think of short counts.
  */
+#include "object_file.h"
 #include "engine.h"
 
 #include <errno.h>
@@ -25,24 +26,22 @@ struct file {
     int fd;
 };
 
-enum read_mode { READ_PADDED, READ_WITHIN, READ_NOWAIT };
-
 static int file_fd(void *ctx) { return ((struct file *)ctx)->fd; }
 
-static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, enum read_mode mode) {
-    int flags = mode == READ_NOWAIT ? RWF_NOWAIT : 0;
+int ae_file_read(int fd, void *buffer, size_t length, uint64_t offset, enum ae_read_mode mode) {
+    int flags = mode == AE_READ_NOWAIT ? RWF_NOWAIT : 0;
     char *to = buffer;
     while (length > 0) {
         struct iovec piece = {.iov_base = to, .iov_len = length};
-        ssize_t got = preadv2(file_fd(ctx), &piece, 1, (off_t)offset, flags);
+        ssize_t got = preadv2(fd, &piece, 1, (off_t)offset, flags);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
-            return -errno;
+            return mode == AE_READ_NOWAIT && errno == EOPNOTSUPP ? -EAGAIN : -errno;
         /* Some kernels (5.9, 5.10) say so of a read that would have to wait, not only at the end. */
-        if (got == 0 && mode == READ_NOWAIT)
+        if (got == 0 && mode == AE_READ_NOWAIT)
             return -EAGAIN;
-        if (got == 0 && mode == READ_WITHIN)
+        if (got == 0 && mode == AE_READ_WITHIN)
             return -EIO;
         if (got == 0) {
             memset(to, 0, length);
@@ -55,23 +54,10 @@ static int file_read(void *ctx, void *buffer, size_t length, uint64_t offset, en
     return 0;
 }
 
-static int file_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return file_read(ctx, buffer, length, offset, READ_PADDED);
-}
-
-static int file_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return file_read(ctx, buffer, length, offset, READ_WITHIN);
-}
-
-static int file_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    int result = file_read(ctx, buffer, length, offset, READ_NOWAIT);
-    return result == -EOPNOTSUPP ? -EAGAIN : result;
-}
-
-static int file_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
+int ae_file_write(int fd, const void *buffer, size_t length, uint64_t offset) {
     const char *from = buffer;
     while (length > 0) {
-        ssize_t put = pwrite(file_fd(ctx), from, length, (off_t)offset);
+        ssize_t put = pwrite(fd, from, length, (off_t)offset);
         if (put < 0 && errno == EINTR)
             continue;
         if (put < 0)
@@ -83,6 +69,22 @@ static int file_pwrite(void *ctx, const void *buffer, size_t length, uint64_t of
         length -= (size_t)put;
     }
     return 0;
+}
+
+static int file_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    return ae_file_read(file_fd(ctx), buffer, length, offset, AE_READ_PADDED);
+}
+
+static int file_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    return ae_file_read(file_fd(ctx), buffer, length, offset, AE_READ_WITHIN);
+}
+
+static int file_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t offset) {
+    return ae_file_read(file_fd(ctx), buffer, length, offset, AE_READ_NOWAIT);
+}
+
+static int file_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
+    return ae_file_write(file_fd(ctx), buffer, length, offset);
 }
 
 static int file_size(void *ctx, uint64_t *size) {

@@ -1,4 +1,4 @@
-"""Data objects as the engine takes them: by their file descriptor, or called back.
+"""Data objects as the engine takes them: by their file descriptor, by the driver's own C functions, or called back.
 
 A callback runs on the thread that called the engine. What it raises cannot pass through C: it becomes an errno there,
 and :func:`call` raises it again on the other side.
@@ -56,17 +56,22 @@ _adapters: set[_Adapter] = set()
 def open_object(data_object: DataObject, *, owned: bool) -> Any:
     """A ``struct ae_object *`` for it; when it is ``owned``, it is closed as soon as the engine has no more use for it.
 
-    The engine keeps a duplicate of a file descriptor, so an owned object that has one is closed at once.
+    The engine keeps a duplicate of a file descriptor, and what ``native`` gives is its own, so an owned object that has
+    either is closed at once.
     """
     made = ffi.new("struct ae_object *")
     descriptor = data_object.fileno()
-    if descriptor is None:
+    native = data_object.native() if descriptor is None else None
+    if descriptor is not None:
+        call("opening a data object", lib.ae_object_file, descriptor, made)
+    elif native is not None:
+        made[0] = ffi.cast("struct ae_object *", native)[0]
+    else:
         adapter = _Adapter(data_object, owned)
         _adapters.add(adapter)
         made.ops = _OPERATIONS
         made.ctx = adapter.handle
         return made
-    call("opening a data object", lib.ae_object_file, descriptor, made)
     if owned:
         data_object.close()
     return made

@@ -1,6 +1,8 @@
 /* See region.h and engine.h. */
 #include "region.h"
 
+#include "cache.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,7 +42,7 @@ const struct ae_object *ae_pack_object(const struct ae_pack *pack, uint64_t offs
     return pack_has(pack, offset, length) && pack->object.ops->pread_within != NULL ? &pack->object : NULL;
 }
 
-static int read_within(const struct ae_object *object, void *buffer, size_t length, uint64_t offset) {
+int ae_object_read_within(const struct ae_object *object, void *buffer, size_t length, uint64_t offset) {
     if (object->ops->pread_within != NULL)
         return object->ops->pread_within(object->ctx, buffer, length, offset);
     uint64_t size;
@@ -55,11 +57,18 @@ int ae_pack_read(struct ae_pack *pack, void *buffer, size_t length, uint64_t off
     if (!pack_has(pack, offset, length))
         return -EIO;
     if (!nowait)
-        return read_within(object, buffer, length, offset);
+        return ae_object_read_within(object, buffer, length, offset);
     /* Where a truncated object could pass for zeros, nothing is read without a look at its size. */
     if (object->ops->pread_nowait == NULL || object->ops->pread_within == NULL)
         return -EAGAIN;
     return object->ops->pread_nowait(object->ctx, buffer, length, offset);
+}
+
+bool ae_pack_is_far(const struct ae_pack *pack) { return ae_object_is_cached(&pack->object); }
+
+void ae_pack_will_need(const struct ae_pack *pack, uint64_t length, uint64_t offset) {
+    if (pack_has(pack, offset, length))
+        ae_cached_will_need(&pack->object, length, offset);
 }
 
 /* Regions */

@@ -45,7 +45,13 @@ struct ae_place {
 /* The place of `offset`, which the region has, up to `end` or the region's end. The region holds its pack. */
 void ae_region_place(const struct ae_region *region, uint64_t offset, uint64_t end, struct ae_place *place);
 
+/* A read of an object of which -EIO, not zeros, is what lies beyond its end. */
+int ae_object_read_within(const struct ae_object *object, void *buffer, size_t length, uint64_t offset);
+
 int ae_pack_read(struct ae_pack *pack, void *buffer, size_t length, uint64_t offset, bool nowait);
+/* Whether it is read through the pack cache; if so, have a range of it fetched, without waiting. */
+bool ae_pack_is_far(const struct ae_pack *pack);
+void ae_pack_will_need(const struct ae_pack *pack, uint64_t length, uint64_t offset);
 /*
  * The pack's object, to copy a range of it from. NULL: only a read tells what is wrong with the range, or the object
  * could be shorter than it should be and be copied with zeros.

@@ -1,25 +1,51 @@
-/* See sealed.h. */
+/*
+ * See sealed.h.
+ *
+ * Of packs that lie far away, what a sequential reader will come to is fetched ahead. His reads make a *stream*: what
+ * follows is one that begins about where the last one ended, since several requests at a time arrive in any order. Each
+ * time half of what was fetched ahead is read, twice as much is.
+ */
 #include "sealed.h"
 #include "table.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define STREAMS 4u
+#define WINDOW_BYTES_MIN ((uint64_t)256 << 10)
+#define WINDOW_BYTES_MAX ((uint64_t)8 << 20)
+/* So many requests of one reader may be under way at once. */
+#define STREAM_DEPTH 4u
+
+struct stream {
+    uint64_t next;   /* where the reader has come to */
+    uint64_t ahead;  /* as far as it was fetched */
+    uint64_t window; /* bytes to be ahead; 0: it has not gone on yet */
+    uint64_t last;   /* which read was its last */
+};
 
 struct ae_sealed {
     uint8_t id[16];
     struct ae_table *table;
     struct ae_resolver resolver;
+    atomic_bool far; /* a part of it that was read lies in a pack that lies far away */
+    pthread_mutex_t streams_lock;
+    uint64_t reads;
+    struct stream streams[STREAMS];
 };
 
 int ae_sealed_open(const uint8_t id[16], struct ae_table *table, struct ae_resolver resolver,
                    struct ae_sealed **opened) {
-    struct ae_sealed *sealed = malloc(sizeof *sealed);
-    if (sealed == NULL) {
+    struct ae_sealed *sealed = calloc(1, sizeof *sealed);
+    if (sealed == NULL || pthread_mutex_init(&sealed->streams_lock, NULL) != 0) {
+        free(sealed);
         resolver.close(resolver.ctx);
         return -ENOMEM;
     }
-    *sealed = (struct ae_sealed){.table = table, .resolver = resolver};
+    sealed->table = table;
+    sealed->resolver = resolver;
     memcpy(sealed->id, id, sizeof sealed->id);
     ae_table_retain(table);
     *opened = sealed;
@@ -29,8 +55,11 @@ int ae_sealed_open(const uint8_t id[16], struct ae_table *table, struct ae_resol
 void ae_sealed_close(struct ae_sealed *sealed) {
     sealed->resolver.close(sealed->resolver.ctx);
     ae_table_release(sealed->table);
+    pthread_mutex_destroy(&sealed->streams_lock);
     free(sealed);
 }
+
+bool ae_sealed_is_far(const struct ae_sealed *sealed) { return atomic_load(&sealed->far); }
 
 /* Regions */
 
@@ -80,14 +109,98 @@ static int region_renew(const struct ae_sealed *sealed, uint64_t number, struct 
     return result;
 }
 
-/* Reading */
+/* Fetching ahead */
 
-/* `*moved`: a pack could not be read, and may have been replaced by another. */
-static int region_read(const struct ae_region *region, char *to, uint64_t offset, uint64_t end, bool nowait,
-                       bool *moved) {
+static uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+static uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+static void region_will_need(const struct ae_region *region, uint64_t offset, uint64_t end) {
     while (offset < end) {
         struct ae_place place;
         ae_region_place(region, offset, end, &place);
+        if (place.pack != NULL && ae_pack_is_far(place.pack))
+            ae_pack_will_need(place.pack, place.length, place.offset);
+        offset += place.length;
+    }
+}
+
+/* What cannot be resolved fails when it is read. */
+static void fetch_ahead(const struct ae_sealed *sealed, uint64_t offset, uint64_t end) {
+    struct ae_region *region;
+    while (offset < end && region_take(sealed, offset / AE_REGION_BYTES, &region) == 0) {
+        uint64_t part_end = smaller(region->end_region * AE_REGION_BYTES, end);
+        region_will_need(region, offset, part_end);
+        ae_region_release(region);
+        offset = part_end;
+    }
+}
+
+/* The stream that the read goes on, or one that begins with it in place of the one that is quiet for longest. */
+static struct stream *stream_of(struct ae_sealed *sealed, uint64_t offset, uint64_t end) {
+    uint64_t slack = STREAM_DEPTH * (end - offset);
+    struct stream *oldest = &sealed->streams[0];
+    for (size_t i = 0; i < STREAMS; i++) {
+        struct stream *stream = &sealed->streams[i];
+        if (stream->last > 0 && offset <= stream->next + slack && stream->next <= offset + slack)
+            return stream;
+        if (stream->last < oldest->last)
+            oldest = stream;
+    }
+    *oldest = (struct stream){.next = end, .ahead = end};
+    return oldest;
+}
+
+/* Note a read. Whether something is to be fetched ahead of it: with `takes` the caller does so, [from, until). */
+static bool stream_note(struct ae_sealed *sealed, uint64_t offset, uint64_t end, bool takes, uint64_t *from,
+                        uint64_t *until) {
+    pthread_mutex_lock(&sealed->streams_lock);
+    struct stream *stream = stream_of(sealed, offset, end);
+    stream->last = ++sealed->reads;
+    if (end > stream->next) {
+        stream->next = end;
+        if (stream->window == 0)
+            stream->window = WINDOW_BYTES_MIN;
+    }
+    bool wanted = stream->window > 0 && stream->ahead < stream->next + stream->window / 2;
+    if (wanted && takes) {
+        *from = larger(stream->ahead, stream->next);
+        *until = smaller(stream->next + stream->window, AE_SIZE_MAX);
+        stream->ahead = stream->next + stream->window;
+        stream->window = smaller(2 * stream->window, WINDOW_BYTES_MAX);
+    }
+    pthread_mutex_unlock(&sealed->streams_lock);
+    return wanted;
+}
+
+/* -EAGAIN: not without waiting. */
+static int look_ahead(struct ae_sealed *sealed, uint64_t offset, uint64_t end, bool nowait) {
+    uint64_t from, until;
+    if (!atomic_load(&sealed->far) || !stream_note(sealed, offset, end, !nowait, &from, &until))
+        return 0;
+    if (nowait)
+        return -EAGAIN;
+    fetch_ahead(sealed, from, until);
+    return 0;
+}
+
+/* Reading */
+
+/* `*moved`: a pack could not be read, and may have been replaced by another. */
+static int region_read(struct ae_sealed *sealed, const struct ae_region *region, char *to, uint64_t offset,
+                       uint64_t end, bool nowait, bool *moved) {
+    bool far = false;
+    while (offset < end) {
+        struct ae_place place;
+        ae_region_place(region, offset, end, &place);
+        if (!far && place.pack != NULL && ae_pack_is_far(place.pack)) {
+            far = true;
+            if (!atomic_load_explicit(&sealed->far, memory_order_relaxed))
+                atomic_store(&sealed->far, true);
+            /* What lies elsewhere comes meanwhile. */
+            if (!nowait)
+                region_will_need(region, offset + place.length, end);
+        }
         if (!place.data) {
             memset(to, 0, place.length);
         } else if (place.pack == NULL) {
@@ -104,20 +217,23 @@ static int region_read(const struct ae_region *region, char *to, uint64_t offset
     return 0;
 }
 
-static int read_again(const struct ae_sealed *sealed, char *to, uint64_t offset, uint64_t end) {
+static int read_again(struct ae_sealed *sealed, char *to, uint64_t offset, uint64_t end) {
     struct ae_region *region;
     int result = region_renew(sealed, offset / AE_REGION_BYTES, &region);
     if (result < 0)
         return result;
     bool moved;
-    result = region_read(region, to, offset, end, false, &moved);
+    result = region_read(sealed, region, to, offset, end, false, &moved);
     ae_region_release(region);
     return as_failure(result);
 }
 
-int ae_sealed_read(const struct ae_sealed *sealed, void *buffer, size_t length, uint64_t offset, bool nowait) {
+int ae_sealed_read(struct ae_sealed *sealed, void *buffer, size_t length, uint64_t offset, bool nowait) {
     char *to = buffer;
     uint64_t end = offset + length;
+    int looked = look_ahead(sealed, offset, end, nowait);
+    if (looked < 0)
+        return looked;
     while (offset < end) {
         uint64_t number = offset / AE_REGION_BYTES;
         struct ae_region *region;
@@ -132,7 +248,7 @@ int ae_sealed_read(const struct ae_sealed *sealed, void *buffer, size_t length, 
         if (part_end > end)
             part_end = end;
         bool moved = false;
-        result = region_read(region, to, offset, part_end, nowait, &moved);
+        result = region_read(sealed, region, to, offset, part_end, nowait, &moved);
         ae_region_release(region);
         if (moved)
             result = nowait ? -EAGAIN : read_again(sealed, to, offset, part_end);

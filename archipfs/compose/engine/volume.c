@@ -505,18 +505,24 @@ int ae_flush(struct ae_volume *volume) { return flush_layers(volume, 0); }
 int ae_volume_flush_parents(struct ae_volume *volume) { return flush_layers(volume, 1); }
 
 int ae_volume_guard(struct ae_volume *volume, const char *present, const char *following, uint64_t size) {
-    size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
-    if (present_bytes > PATH_MAX || following_bytes > PATH_MAX)
-        return -ENAMETOOLONG;
-    char *paths = malloc(present_bytes + following_bytes);
-    if (paths == NULL)
-        return -ENOMEM;
-    memcpy(paths, present, present_bytes);
-    memcpy(paths + present_bytes, following, following_bytes);
+    struct ae_guard guard = {.stands = true, .size = size};
+    if ((present == NULL) != (following == NULL))
+        return -EINVAL;
+    if (present != NULL) {
+        size_t present_bytes = strlen(present) + 1, following_bytes = strlen(following) + 1;
+        if (present_bytes > PATH_MAX || following_bytes > PATH_MAX)
+            return -ENAMETOOLONG;
+        guard.paths_bytes = present_bytes + following_bytes;
+        guard.paths = malloc(guard.paths_bytes);
+        if (guard.paths == NULL)
+            return -ENOMEM;
+        memcpy(guard.paths, present, present_bytes);
+        memcpy(guard.paths + present_bytes, following, following_bytes);
+    }
 
     pthread_mutex_lock(&volume->gate);
     char *old = volume->guard.paths;
-    volume->guard = (struct ae_guard){.paths = paths, .paths_bytes = present_bytes + following_bytes, .size = size};
+    volume->guard = guard;
     pthread_mutex_unlock(&volume->gate);
     free(old);
     return 0;
@@ -538,16 +544,25 @@ int ae_sync(struct ae_volume *volume) {
     char paths[2 * PATH_MAX];
     pthread_mutex_lock(&volume->gate);
     const struct ae_guard *guard = &volume->guard;
-    bool usable = volume->writable && guard->paths != NULL && guard->size == atomic_load(&volume->size);
-    if (usable)
+    bool stands = volume->writable && guard->stands && guard->size == atomic_load(&volume->size);
+    bool looks = stands && guard->paths != NULL;
+    if (looks)
         memcpy(paths, guard->paths, guard->paths_bytes);
     pthread_mutex_unlock(&volume->gate);
-    if (!usable || !guard_holds(paths, paths + strlen(paths) + 1))
+    if (!stands || (looks && !guard_holds(paths, paths + strlen(paths) + 1)))
         return -EAGAIN;
     return ae_flush(volume);
 }
 
 /* Looking */
+
+bool ae_volume_waits(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    const struct ae_stack *stack = volume->current;
+    bool waits = stack->layers[0]->data.waits || ae_layer_is_far(stack->layers[stack->count - 1]);
+    pthread_mutex_unlock(&volume->gate);
+    return waits;
+}
 
 uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
 

@@ -16,7 +16,8 @@ struct ae_stack {
 
 /* What tells ae_sync that nothing but a flush is needed: see ae_volume_guard. */
 struct ae_guard {
-    char *paths; /* `present` and `following`, each with its zero; NULL: there is no guard */
+    bool stands;
+    char *paths; /* `present` and `following`, each with its zero; NULL: the store itself keeps others out */
     size_t paths_bytes;
     uint64_t size;
 };

@@ -4,9 +4,9 @@
  * takes a free seat or rests until one is. So slow requests never hold up fast ones, and fast ones never pay for a
  * hand-over.
  *
- * A sync knows beforehand that it will wait, and so does a read: the page cache says so. Other calls do not: a watch
- * looks every few milliseconds, while there is anything to look at, and takes the seats of those who are still where
- * they were.
+ * A sync knows beforehand that it will wait, and so does a read: the page cache says so. So does any call on a volume
+ * whose data lies behind a network. Others do not: a watch looks every few milliseconds, while there is anything to
+ * look at, and takes the seats of those who are still where they were.
  */
 #ifndef ARCHIPFS_FRONT_SEATS_H
 #define ARCHIPFS_FRONT_SEATS_H

@@ -1,0 +1,352 @@
+"""Moving volumes and snapshots between backends: in use or not, and cut short at any call."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from archipfs.blockers.contract import Blocker
+from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
+from archipfs.compose.composer import Composer, Moved
+from archipfs.compose.replicas import PassedOver
+from archipfs.compose.sealing import unheeded
+from archipfs.errors import Busy, Fenced, InvalidInput, LockHeld, NotFound, StoreError
+from archipfs.map.records import Hold, Kind, VolumeRecord
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, VolumeId
+from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
+
+SIZE = 8 * SECTOR_BYTES
+OLD = pattern(1, 8)
+NEW = OLD[: 2 * SECTOR_BYTES] + pattern(2, 3) + OLD[5 * SECTOR_BYTES :]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> TwoStores:
+    return TwoStores(tmp_path / "nodes")
+
+
+@pytest.fixture
+def composer(world: TwoStores) -> Iterator[Composer]:
+    composer = world.composer()
+    yield composer
+    composer.close_all()
+    composer.reclaim()
+    assert world.problems() == []
+
+
+def make(composer: Composer) -> None:
+    """A volume, two snapshots of which it has one below it, and a clone."""
+    composer.create("vm", SIZE, backend="a")
+    fill(composer, "vm", pattern(3, 8))
+    composer.snapshot("vm", "vm@1")
+    composer.seal("vm@1")
+    fill(composer, "vm", OLD)
+    composer.snapshot("vm", "vm@2")
+    composer.clone("vm@1", "clone")
+    fill(composer, "vm", NEW[: 5 * SECTOR_BYTES])
+
+
+def move(composer: Composer, name: str, origin: str = "a", target: str = "b") -> Moved:
+    return composer.move(name, origin=origin, target=target, progress=unheeded)
+
+
+def where(composer: Composer) -> dict[str, str]:
+    return {str(each.record.name): each.mapper.backend for each in composer.volumes()}
+
+
+@pytest.mark.parametrize("name", ["vm", "vm@1", "vm@2", "clone"])
+def test_what_was_moved_is_the_same_elsewhere(world: TwoStores, composer: Composer, name: str) -> None:
+    make(composer)
+    before, record = see(composer), composer.find(name).record
+    moved = move(composer, name)
+    assert where(composer) == {each: "b" if each == name else "a" for each in before}
+    assert (moved.record.id, moved.record.created_ns, moved.record.origin) == (
+        record.id,
+        record.created_ns,
+        record.origin,
+    )
+    assert see(composer) == before
+    assert see(world.composer(only="b")) == {name: before[name]}
+    assert name not in see(world.composer(only="a"))
+
+
+def test_there_and_back(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    before = see(composer)
+    for origin, target in (("a", "b"), ("b", "a"), ("a", "b")):
+        for name in before:
+            move(composer, name, origin, target)
+        assert set(where(composer).values()) == {target}
+        assert see(composer) == before
+    composer.reclaim()
+    assert see(world.composer(only="a")) == {}
+    assert list(world.stores["a"].list_data("layer")) == []
+
+
+def test_moving_again_says_that_it_is_there(composer: Composer) -> None:
+    make(composer)
+    assert not move(composer, "vm").was_there
+    assert move(composer, "vm").was_there
+
+
+def test_a_volume_in_use_goes_on_being_used(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    with composer.using(composer.find("vm")) as opened:
+        opened.write(0, pattern(7))
+        generation = opened.generation
+        move(composer, "vm")
+        assert (opened.mapper.backend, opened.generation) == ("b", generation)
+        expected = pattern(7) + NEW[SECTOR_BYTES:]
+        assert opened.read(0, opened.size) == expected
+        opened.write(SECTOR_BYTES, pattern(8))
+        opened.flush()
+        expected = pattern(7) + pattern(8) + NEW[2 * SECTOR_BYTES :]
+        composer.snapshot("vm", "vm@3")
+        assert composer.find("vm@3").mapper.backend == "b"
+        composer.resize(composer.find("vm"), 2 * SIZE)
+    assert content_of(composer, "vm") == expected + bytes(SIZE)
+    assert see(world.composer(only="b"))["vm@3"].content == expected
+
+
+def test_nothing_is_lost_of_what_is_written_meanwhile(world: TwoStores, composer: Composer) -> None:
+    """A writer counts up in every sector in turn, while the volume goes to and fro."""
+    composer.create("vm", 2 * REGION_BYTES, backend="a")
+    written = 0
+    ended = threading.Event()
+    with composer.using(composer.find("vm")) as opened:
+
+        def write() -> None:
+            nonlocal written
+            while not ended.is_set():
+                opened.write(written % 512 * SECTOR_BYTES, (written + 1).to_bytes(8, "little") * (SECTOR_BYTES // 8))
+                written += 1
+                if written % 97 == 0:
+                    opened.flush()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for origin, target in (("a", "b"), ("b", "a"), ("a", "b")):
+                move(composer, "vm", origin, target)
+        finally:
+            ended.set()
+            writer.join()
+        assert written > 512
+        for sector in range(512):
+            newest = (written - 1 - sector) // 512 * 512 + sector
+            found = opened.read(sector * SECTOR_BYTES, SECTOR_BYTES)
+            assert found == (newest + 1).to_bytes(8, "little") * (SECTOR_BYTES // 8), sector
+
+
+def test_a_daemon_that_is_killed_afterwards_goes_on_in_the_other_backend(world: TwoStores) -> None:
+    dying = world.composer()
+    make(dying)
+    opened = dying.open(dying.find("vm"))
+    volume, generation = opened.id, opened.generation
+    move(dying, "vm")
+    opened.write(0, pattern(9))
+    dying.abandon()
+    after = world.composer()
+    after.await_reopening([volume])
+    again = after.reopen(volume, generation)
+    after.recover()
+    assert (again.mapper.backend, again.fenced) == ("b", False)
+    assert again.read(0, SECTOR_BYTES) == pattern(9)
+    after.close_all()
+
+
+def test_a_lock_that_somebody_asked_for_comes_along(composer: Composer) -> None:
+    make(composer)
+    composer.lock("vm")
+    move(composer, "vm")
+    lock = composer.lock_of(composer.find("vm"))
+    assert lock is not None
+    assert lock.holds == (Hold.LOCKED,)
+
+
+def test_a_replica_takes_over(world: TwoStores, composer: Composer) -> None:
+    """What a sync has copied is not copied again."""
+    make(composer)
+    composer.sync("a", "b", progress=unheeded)
+    assert move(composer, "vm").added_bytes == 0
+    assert where(composer)["vm"] == "b"
+    before = see(composer)
+    assert composer.sync("a", "b", progress=unheeded).passed_over == []
+    assert see(composer) == before
+
+
+def test_refusals(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    with composer.using(composer.find("vm@1")), pytest.raises(Busy, match="vm@1 is open; close it before you move it"):
+        move(composer, "vm@1")
+    assert move(composer, "clone", "b", "a").was_there
+    with pytest.raises(NotFound, match="no volume is called other"):
+        move(composer, "other")
+    with pytest.raises(InvalidInput, match="give two backends"):
+        move(composer, "vm", "a", "a")
+    other = world.composer(host="two")
+    with other.using(other.find("vm")), pytest.raises(LockHeld, match="locked by two"):
+        move(composer, "vm")
+    other.close_all()
+    fill(other, "vm", pattern(3))
+    assert where(composer)["vm"] == "a"
+
+
+def test_another_volume_in_the_way(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    only_b = world.composer(only="b")
+    only_b.create("vm", SECTOR_BYTES)
+    with pytest.raises(PassedOver, match="another volume called vm"):
+        move(composer, "vm")
+    assert where(composer)["vm"] == "a"
+    assert content_of(composer, "vm") == NEW
+
+
+def records_of(store: Blocker) -> set[str]:
+    return {key for key, _ in store.list_records("volume")}
+
+
+CASES = {"a closed volume": ("vm", False), "an open volume": ("vm", True), "a snapshot": ("vm@2", False)}
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+@pytest.mark.parametrize("case", CASES)
+def test_a_crash_leaves_it_whole_in_the_one_or_in_the_other(
+    tmp_path: Path, case: str, moment: Moment, side: str
+) -> None:
+    name, is_open = CASES[case]
+    places = set()
+    for number in itertools.count(1):
+        world = TwoStores(tmp_path / str(number))
+        composer = world.composer()
+        small(composer)
+        composer.close_all()
+        before = see(composer)
+        composer.close_all()
+        blocker = world.mortal(side, FaultPlan(number, crash_at=number, moment=moment))
+        dying = world.composer({side: blocker})
+        volume, generation = VolumeId(""), 0
+        with crashing(dying):
+            if is_open:
+                opened = dying.open(dying.find(name))
+                volume, generation = opened.id, opened.generation
+            move(dying, name)
+        crashed = blocker.crashed
+        blocker.crash()
+        dying.abandon()
+        blocker.bury()
+        after = world.composer()
+        if generation:
+            after.await_reopening([volume])
+            again = after.reopen(volume, generation)
+            assert not again.fenced, number
+            assert again.read(0, again.size) == before[name].content, number
+            again.write(0, pattern(9))
+            after.recover()
+            after.release(again)
+            expected = {**before, name: changed(before[name])}
+        else:
+            after.recover()
+            expected = before
+        assert world.problems() == [], number
+        assert see(after) == expected, number
+        places.add(where(after)[name])
+        if where(after)[name] == "a":
+            move(after, name)
+        assert see(after) == expected, number
+        assert where(after)[name] == "b"
+        after.close_all()
+        after.reclaim()
+        assert world.problems() == [], number
+        assert see(world.composer(only="b"))[name] == expected[name]
+        assert len(records_of(world.stores["a"])) == len(before) - 1, number
+        if not crashed:
+            break
+    assert "b" in places
+
+
+def small(composer: Composer) -> None:
+    composer.create("vm", SIZE, backend="a")
+    fill(composer, "vm", OLD)
+    composer.snapshot("vm", "vm@2")
+    fill(composer, "vm", NEW[: 5 * SECTOR_BYTES])
+
+
+def changed(seen: Seen) -> Seen:
+    return Seen(seen.kind, seen.mode, pattern(9) + seen.content[SECTOR_BYTES:])
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+def test_an_error_of_a_store_leaves_an_open_volume_whole(tmp_path: Path, moment: Moment, side: str) -> None:
+    """It goes on being used, or takes no more writes; the next move brings it there."""
+    for number in itertools.count(1):
+        world = TwoStores(tmp_path / str(number))
+        composer = world.composer()
+        small(composer)
+        composer.close_all()
+        plan = FaultPlan(number, error_at=number, error=StoreError, moment=moment)
+        failing = FaultBlocker(world.stores[side], plan)
+        trying = world.composer({side: failing})
+        done = False
+        try:
+            opened = trying.open(trying.find("vm"))
+        except StoreError:
+            continue
+        try:
+            move(trying, "vm")
+            done = True
+        except (StoreError, PassedOver):
+            pass
+        content = NEW
+        try:
+            opened.write(0, pattern(9))
+            opened.flush()
+            content = pattern(9) + NEW[SECTOR_BYTES:]
+        except Fenced:
+            raise
+        except StoreError:
+            pass
+        try:
+            trying.release(opened)
+        except StoreError:
+            trying.abandon()
+        after = world.composer()
+        after.recover()
+        assert content_of(after, "vm")[SECTOR_BYTES:] == content[SECTOR_BYTES:], number
+        if content is not NEW:
+            assert content_of(after, "vm") == content, number
+        move(after, "vm")
+        assert where(after)["vm"] == "b"
+        after.close_all()
+        after.reclaim()
+        assert world.problems() == [], number
+        if done and failing.calls < number:
+            break
+
+
+def test_another_node_finds_it_where_it_is(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    other = world.composer(host="two")
+    before = see(other)
+    move(composer, "vm")
+    assert see(other) == before
+    assert where(other)["vm"] == "b"
+    other.close_all()
+
+
+def test_the_record_that_was_left_says_where_it_went(world: TwoStores) -> None:
+    """A node that has only the first backend does not purge what it cannot see to have arrived."""
+    composer = world.composer()
+    make(composer)
+    mapper = composer.mapper("a")
+    record = composer.find("vm").record
+    mapper.remove(record.id, moved_to=composer.mapper("b").store.id)
+    alone = world.composer(only="a")
+    alone.recover()
+    found = mapper.catalog.get(VolumeRecord, record.id)
+    assert found is not None
+    assert found.record.kind is Kind.VOLUME

@@ -1,0 +1,74 @@
+"""A guest goes from one node to another while it runs: qemu's live migration, over a store that both nodes have."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeInstance
+from tests.guest.machine import Guest, Image, build_image, fill
+from tests.guest.test_guest import (
+    VOLUME_BYTES,
+    acknowledged,
+    assert_file_system_clean,
+    assert_numbers,
+    snapshot,
+    start_writer,
+)
+from tests.lib.instance import Instance
+from tests.lib.volumes import create, fact
+from tests.lib.waiting import wait_until
+
+pytestmark = [pytest.mark.mount, pytest.mark.guest, pytest.mark.slow]
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    return build_image()
+
+
+@pytest.fixture
+def nodes(make_instance: MakeInstance) -> tuple[Instance, Instance]:
+    first = make_instance()
+    second = make_instance(store=first.store)
+    return first.mount(), second.mount()
+
+
+def holds(node: Instance, volume: Path) -> bool:
+    """Whether the node has the volume's lock, as seen there."""
+    lock = fact(node.path / volume.name, "lock")
+    return bool(lock) and json.loads(lock)["node"] == (node.root / "state" / "node-id").read_text().strip()
+
+
+@pytest.mark.timeout(400)
+def test_a_guest_moves_to_another_node_and_back_and_loses_no_write(
+    nodes: tuple[Instance, Instance], image: Image, tmp_path: Path
+) -> None:
+    here, there = nodes
+    volume = create(here.path / "vm1", VOLUME_BYTES)
+    fill(volume, image)
+    wait_until((there.path / "vm1").exists, "the other node sees the volume")
+    with Guest(volume, image, console=tmp_path / "first") as guest:
+        start_writer(guest, 20)
+        moved = Guest(there.path / "vm1", image, console=tmp_path / "second")
+        guest.move_to(moved, tmp_path / "migration")
+    try:
+        reached = acknowledged(moved)
+        wait_until(lambda: acknowledged(moved) > reached + 10, "the guest goes on there")
+        assert holds(there, volume)
+        snapshot(there.path / "vm1", "moved")
+        back = Guest(volume, image, console=tmp_path / "third")
+        moved.move_to(back, tmp_path / "migration-back")
+    finally:
+        moved.kill()
+    try:
+        last = acknowledged(back)
+        wait_until(lambda: acknowledged(back) > last, "the guest goes on here again")
+        assert holds(here, volume)
+        assert_numbers(back, acknowledged(back))
+        complaints = back.run("dmesg | grep -iE 'i/o error|ext4-fs (error|warning)|remount|blocked for more'")[1]
+        assert complaints == ""
+        back.shutdown()
+    finally:
+        back.kill()
+    assert_file_system_clean(volume)
