@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from archipfs.blockers.rados.connection import Connection, errno_of, plain_address
 from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.lock_class import ANSWER_BYTES_MAX, GET_INFO, LockInfo, get_info
+from archipfs.blockers.rados.omap import FULL_FORCE
 from archipfs.errors import Busy, InvalidInput, ObjectMissing, ShutOut, StoreError
 
 LOCK = "archipfs"
@@ -112,7 +113,7 @@ class Claims:
         """Take the lock with both clients, unless it is held as another owner."""
         with self._connection.call(f"claiming {key}"):
             try:
-                self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
+                self._lock(key, owner)
             except self._connection.rados.Error as error:
                 if errno_of(error) not in (errno.EBUSY, errno.EEXIST):
                     raise
@@ -122,6 +123,18 @@ class Claims:
         except Busy:
             return False
         return True
+
+    def _lock(self, key: str, owner: str) -> None:
+        try:
+            self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
+        except self._connection.rados.Error as error:
+            if errno_of(error) not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # A full cluster refuses a new object, not a lock on one. Whoever removes a volume claims it first.
+            with self._connection.rados.WriteOpCtx() as operation:
+                operation.new(self._connection.rados.LIBRADOS_CREATE_IDEMPOTENT)
+                self._connection.main.operate_write_op(operation, _name(key), flags=FULL_FORCE)
+            self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
 
     def _give_up(self, key: str, cookie: str) -> None:
         with self._connection.call(f"giving up {key}"):

@@ -20,6 +20,9 @@ import xxhash
 from archipfs.blockers.rados.connection import Connection, errno_of
 from archipfs.blockers.rados.in_flight import IN_FLIGHT_MAX, at_once, result_of
 
+FULL_FORCE = 128
+"""LIBRADOS_OPERATION_FULL_FORCE: done also in a full cluster. A new object would be refused there, and most changes of
+entries come with removing something, which makes room; the binding has no name for it."""
 PAGE_ENTRIES = 1000
 """Read at once from a shard: an OSD gives 1024 at most (osd_max_omap_entries_per_request)."""
 
@@ -58,6 +61,7 @@ def read(connection: Connection, ioctx: Any, shard: str, names: Sequence[str], d
         try:
             ioctx.operate_read_op(operation, shard)
         except connection.rados.ObjectNotFound:
+            connection.require_pool(doing)
             return {}
         return dict(found)
 
@@ -72,7 +76,7 @@ def change(
     put: Mapping[str, bytes] | None = None,
     remove: Sequence[str] = (),
 ) -> bool:
-    """Put and remove entries, durably, if all conditions hold. Returns whether they did."""
+    """Put and remove entries, durably, if all conditions hold; no cluster is too full for it. Returns whether they did."""
     rados = connection.rados
     with connection.call(doing), rados.WriteOpCtx() as operation:
         if put:
@@ -86,8 +90,9 @@ def change(
         if put:
             ioctx.set_omap(operation, tuple(put), tuple(put.values()))
         try:
-            ioctx.operate_write_op(operation, shard)
+            ioctx.operate_write_op(operation, shard, flags=FULL_FORCE)
         except rados.ObjectNotFound:
+            connection.require_pool(doing)
             return False
         except rados.Error as error:
             if errno_of(error) != errno.ECANCELED:
@@ -131,6 +136,7 @@ class _Page:
 
     def entries(self, connection: Connection, doing: str) -> list[tuple[str, bytes]]:
         if self._result == -errno.ENOENT:
+            connection.require_pool(doing)
             return []
         if self._result < 0:
             raise connection.store_error(self._result, doing)

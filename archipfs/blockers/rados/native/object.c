@@ -1,6 +1,6 @@
 /*
- * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
- * guest gets EIO.
+ * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, or
+ * that something is not in it, a guest gets EIO.
  */
 #include "pack.h"
 #include "striped.h"
@@ -9,6 +9,7 @@
 
 static int outward(int result) {
     switch (result) {
+    case -ENOENT: /* deleted under its reader, or the whole pool was */
     case -ETIMEDOUT:
     case -ENOTCONN:
     case -EHOSTDOWN:
