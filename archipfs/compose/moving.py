@@ -61,13 +61,13 @@ class Moving(Replicas, Recovery):
             raise NotFound(f"{name} lies in backend {found.mapper.backend}, not in {origin}")
         if found.record.size:
             other.check_fits(found.record.size)
-        with self._copier(source, other) as copier:
-            copier.expect([found.record], self._heeding_the_end(progress))
-            if found.record.writable:
-                record = self._move_volume(found, copier)
-            else:
-                record = self._move_snapshot(found, copier)
-        self._reclaim_wanted = True
+        try:
+            with self._copier(source, other) as copier:
+                copier.expect([found.record], self._heeding_the_end(progress))
+                move = self._move_volume if found.record.writable else self._move_snapshot
+                record = move(found, copier)
+        finally:
+            self._reclaim_wanted = True  # of what was copied on the way, and of what an error has left
         log.info("moved", volume=name, origin=origin, target=target, added=copier.added_bytes)
         return Moved(record, copier.added_bytes)
 
