@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -34,6 +34,10 @@ from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeReco
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
 
 STORE_RETRY_SECONDS = 1.0
+SHUT_OUT_TRIES = 8
+"""How many times in turn we may be shut out during one read or write."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,18 +335,34 @@ class OpenVolume:
             return None
         try:
             return self._engine.read_nowait(offset, length)
-        except ObjectMissing:
+        except (ObjectMissing, ShutOut):
             return None
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
+
+        def read() -> bytes:
+            with self.reading() as engine:
+                return engine.read(offset, length)
+
         while True:
             try:
-                with self.reading() as engine:
-                    return engine.read(offset, length)
+                return self._once_inside(read)
             except ObjectMissing:
                 if not self._is_read_otherwise():
                     raise
+
+    def _once_inside(self, action: Callable[[], T]) -> T:
+        """Do it; again, if the store has shut us out, once we are back. What was opened under a claim waits by itself,
+        packs do not."""
+        for _ in range(SHUT_OUT_TRIES):
+            try:
+                return action()
+            except ShutOut:
+                if self._fenced:
+                    raise
+                self.mapper.locks.get(self.id)  # waits as long as any call may
+        return action()
 
     def _is_read_otherwise(self) -> bool:
         """After an object was found to be missing: whether that is because others have sealed or changed the volume,
@@ -399,7 +419,7 @@ class OpenVolume:
             return self.freeze()
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
-        return self.engine.write(offset, data)
+        return self._once_inside(lambda: self.engine.write(offset, data))
 
     def discard(self, offset: int, length: int) -> None:
         self.engine.discard(offset, length)

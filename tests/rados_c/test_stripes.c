@@ -43,7 +43,7 @@ static void world_close(struct world *world) {
     free(world->found);
 }
 
-enum kind { WRITE, PUNCH, TRUNCATE };
+enum kind { WRITE, WRITE_EACH, PUNCH, TRUNCATE };
 
 struct change {
     enum kind kind;
@@ -57,7 +57,7 @@ static struct change draw_change(uint64_t *random) {
     uint64_t border = random_below(random, STRIPES) * STRIPE;
     static const uint64_t lengths[] = {1, 4096, 70000, STRIPE - 1, STRIPE, STRIPE + 1, 2 * STRIPE + 5};
     static const uint64_t steps[] = {0, 0, 1, 4096, STRIPE - 1, STRIPE - 4096};
-    struct change change = {.kind = (enum kind)random_below(random, 3),
+    struct change change = {.kind = (enum kind)random_below(random, 4),
                             .offset = border + steps[random_below(random, 6)],
                             .length = lengths[random_below(random, 7)],
                             .fill = (char)(1 + random_below(random, 100))};
@@ -66,7 +66,27 @@ static struct change draw_change(uint64_t *random) {
     return change;
 }
 
+/* In pieces, of which the last comes first. */
+static int apply_each(struct ra_data *data, const struct change *change) {
+    enum { PIECES = 20 };
+    char *bytes = malloc(change->length);
+    CHECK(bytes != NULL);
+    memset(bytes, change->fill, change->length);
+    struct ae_write writes[PIECES];
+    size_t count = 0;
+    uint64_t piece = change->length / PIECES + 1;
+    for (uint64_t end = change->length; end > 0; end -= writes[count++].length) {
+        uint64_t length = end < piece ? end : piece;
+        writes[count] = (struct ae_write){.buffer = bytes, .length = length, .offset = change->offset + end - length};
+    }
+    int result = ra_data_write_each(data, writes, count);
+    free(bytes);
+    return result;
+}
+
 static int apply(struct ra_data *data, const struct change *change) {
+    if (change->kind == WRITE_EACH)
+        return apply_each(data, change);
     if (change->kind == PUNCH)
         return ra_data_punch(data, change->offset, change->length);
     if (change->kind == TRUNCATE)
@@ -79,6 +99,7 @@ static void apply_to_model(char *model, uint64_t *size, const struct change *cha
     uint64_t end = change->offset + change->length;
     switch (change->kind) {
     case WRITE:
+    case WRITE_EACH:
         memset(model + change->offset, change->fill, change->length);
         if (end > *size)
             *size = end;
@@ -275,6 +296,10 @@ static void test_limits(void) {
     CHECK_EQUAL(ra_data_write(world.data, bytes, 4, RA_DATA_BYTES_MAX - 4), 0);
     CHECK_EQUAL(ra_data_write(world.data, bytes, 5, RA_DATA_BYTES_MAX - 4), -EFBIG);
     CHECK_EQUAL(ra_data_write(world.data, bytes, 5, UINT64_MAX - 2), -EFBIG);
+    struct ae_write writes[] = {{bytes, 4, 0}, {bytes, 5, RA_DATA_BYTES_MAX - 4}, {bytes, 0, 0}};
+    CHECK_EQUAL(ra_data_write_each(world.data, writes, 2), -EFBIG);
+    CHECK_EQUAL(ra_data_write_each(world.data, writes + 2, 1), -EINVAL);
+    CHECK_EQUAL(ra_data_write_each(world.data, writes, 0), 0);
     CHECK_EQUAL(ra_data_truncate(world.data, RA_DATA_BYTES_MAX + 1), -EFBIG);
     CHECK_EQUAL(size_of(world.data), RA_DATA_BYTES_MAX);
     memset(found, 1, sizeof found);
@@ -289,6 +314,7 @@ static void test_limits(void) {
     CHECK(memcmp(found, "\0\0\0\0", 4) == 0);
     CHECK_EQUAL(ra_data_open(world.client, KEY, false, NULL, &other), 0);
     CHECK_EQUAL(ra_data_write(other, bytes, 4, 0), -EBADF);
+    CHECK_EQUAL(ra_data_write_each(other, writes, 1), -EBADF);
     CHECK_EQUAL(ra_data_punch(other, 0, 4), -EBADF);
     CHECK_EQUAL(ra_data_truncate(other, 0), -EBADF);
     ra_data_close(other);

@@ -1,6 +1,6 @@
 /*
- * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
- * guest gets EIO.
+ * Data objects and packs as the engine takes them: for a guest, who knows of no cluster. Being shut out is a pause, as
+ * it is under a claim; and of errnos that only say how the cluster could not be reached, he gets EIO.
  */
 #include "pack.h"
 #include "striped.h"
@@ -9,6 +9,7 @@
 
 static int outward(int result) {
     switch (result) {
+    case -ESHUTDOWN:
     case -ETIMEDOUT:
     case -ENOTCONN:
     case -EHOSTDOWN:
@@ -28,19 +29,52 @@ static int outward(int result) {
     }
 }
 
+static struct ra_client *client_of(void *ctx) { return ((struct ra_data *)ctx)->client; }
+
 static int data_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return outward(ra_data_read(ctx, buffer, length, offset));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_read(ctx, buffer, length, offset);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
 }
 
 static int data_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
-    return outward(ra_data_write(ctx, buffer, length, offset));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_write(ctx, buffer, length, offset);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
+}
+
+static int data_pwrite_each(void *ctx, const struct ae_write *writes, size_t count) {
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_write_each(ctx, writes, count);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
 }
 
 static int data_punch(void *ctx, uint64_t offset, uint64_t length) {
-    return outward(ra_data_punch(ctx, offset, length));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_punch(ctx, offset, length);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
 }
 
-static int data_truncate(void *ctx, uint64_t size) { return outward(ra_data_truncate(ctx, size)); }
+static int data_truncate(void *ctx, uint64_t size) {
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_truncate(ctx, size);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
+}
 
 /* RADOS answers a write when all replicas have it on disk, so what has returned is durable. */
 static int data_flush(void *ctx) {
@@ -48,14 +82,31 @@ static int data_flush(void *ctx) {
     return 0;
 }
 
-static int data_size(void *ctx, uint64_t *size) { return outward(ra_data_size(ctx, size)); }
+static int data_size(void *ctx, uint64_t *size) {
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_size(ctx, size);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
+}
 
 static int data_next_data(void *ctx, uint64_t offset, uint64_t *found) {
-    return outward(ra_data_next_data(ctx, offset, found));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_next_data(ctx, offset, found);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
 }
 
 static int data_next_hole(void *ctx, uint64_t offset, uint64_t *found) {
-    return outward(ra_data_next_hole(ctx, offset, found));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_data_next_hole(ctx, offset, found);
+    while (ra_client_wait(client_of(ctx), &deadline, result));
+    return outward(result);
 }
 
 static void data_close(void *ctx) { ra_data_close(ctx); }
@@ -63,6 +114,7 @@ static void data_close(void *ctx) { ra_data_close(ctx); }
 static const struct ae_object_ops data_ops = {
     .pread = data_pread,
     .pwrite = data_pwrite,
+    .pwrite_each = data_pwrite_each,
     .punch = data_punch,
     .truncate = data_truncate,
     .flush = data_flush,
@@ -78,7 +130,12 @@ void ra_data_share(struct ra_data *data, struct ae_object *object) {
 }
 
 static int pack_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return outward(ra_pack_read(ctx, buffer, length, offset));
+    struct ra_deadline deadline = {0};
+    int result;
+    do
+        result = ra_pack_read(ctx, buffer, length, offset);
+    while (ra_client_wait(((struct ra_pack *)ctx)->client, &deadline, result));
+    return outward(result);
 }
 
 static int pack_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {

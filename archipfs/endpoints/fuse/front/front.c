@@ -145,12 +145,21 @@ static void answer(struct af_server *server, const struct af_request *request, c
 }
 
 /*
- * What the engine leaves to the composer: a flush that takes more than that, and a read of what another node has
- * deleted, which lies elsewhere by now.
+ * What the engine leaves to the composer: a flush that takes more than that; a read of what another node has deleted,
+ * which lies elsewhere by now; what needs a store that has shut us out, until we are back.
  */
 static bool is_for_composer(const struct af_request *request, const struct af_result *result) {
-    return (request->kind == AF_SYNC && result->error == -EAGAIN) ||
-           (request->kind == AF_READ && (result->error == -ENOENT || result->error == -ESTALE));
+    switch (result->error) {
+    case -EAGAIN:
+        return request->kind == AF_SYNC;
+    case -ENOENT:
+    case -ESTALE:
+        return request->kind == AF_READ;
+    case -ESHUTDOWN:
+        return request->kind == AF_READ || request->kind == AF_WRITE;
+    default:
+        return false;
+    }
 }
 
 /* Inside the entry, which it leaves. */
