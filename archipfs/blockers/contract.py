@@ -201,6 +201,12 @@ class Blocker(ABC):
         """Keys of all data objects of a kind, in no order."""
 
     @property
+    def keeps_deleted(self) -> bool:
+        """Whether a data object that is deleted stays for those who have it open, wherever they are, until they close
+        it. Where it does not, their calls raise ``ObjectMissing``, and never give zeros for what was there."""
+        return False
+
+    @property
     @abstractmethod
     def data_bytes_max(self) -> int:
         """The largest size a data object can have. Larger is ``TooLarge``, or works, as the store under it will."""

@@ -9,6 +9,7 @@
 docs/architecture.md, "Replicas and moves", has what a crash leaves.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Moving(Replicas, Recovery):
             raise NotFound(f"{name} lies in backend {found.mapper.backend}, not in {origin}")
         if found.record.size:
             other.check_fits(found.record.size)
-        with self.copier(source, other, progress, [found.record]) as copier:
+        with self._copier(source, other) as copier:
+            copier.expect([found.record], self._heeding_the_end(progress))
             if found.record.writable:
                 record = self._move_volume(found, copier)
             else:
@@ -85,7 +87,9 @@ class Moving(Replicas, Recovery):
             if self.stored_bytes(Found(copier.origin, now)) <= PAUSE_BYTES:
                 break
         with self._owning(found) as opened, self._locked_there(opened, copier) as lease:
+            paused = time.monotonic()
             original = self._cross(opened, copier, lease)
+            log.info("crossed", volume=opened.name, pause_ms=round((time.monotonic() - paused) * 1e3, 1))
             self._settle(copier, original)
             opened.record = copier.target.catalog.volume(opened.id).record
             return opened.record

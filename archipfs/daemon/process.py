@@ -28,6 +28,7 @@ from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
 from archipfs.errors import FAILED_EXIT_CODE, StoreUnavailable
+from archipfs.map.mapper import LOOK_SECONDS
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -167,6 +168,7 @@ class _Life:
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)
+            nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
@@ -240,6 +242,17 @@ async def _reclaim_space(node: Node, recover: bool) -> None:
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         await run(node.composer.reclaim)
+
+
+async def _go_over_to_seals(node: Node) -> None:
+    """Every now and then have open volumes read what other nodes have sealed."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        try:
+            await trio.to_thread.run_sync(node.composer.go_over_to_seals, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="go over to seals")
 
 
 async def _end_seals(node: Node) -> None:

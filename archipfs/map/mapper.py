@@ -26,6 +26,10 @@ from archipfs.map.records import Kind, LayerRecord, LockRecord, NameRecord, Stor
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
+LOOK_SECONDS = 10.0
+"""How often a node looks whether others have sealed layers that it reads, where what they delete then is gone."""
+READERS_GRACE_NS = 60 * 10**9
+"""How long what others may still read is kept there, after it was sealed or nothing led to it any more."""
 FOREIGN_GRACE_NS = 3600 * 10**9
 """How old a layer made by another node must be before we call it left behind."""
 
@@ -136,6 +140,8 @@ class Mapper:
         self._pending_since_reclaim: set[LayerId] = set()
         """Those, and all that were since the last ``reclaim`` began."""
         self._reserved: set[str] = set()
+        self._unused_since: dict[LayerId, int] = {}
+        """When ``reclaim`` first found that nothing leads to these."""
         found = self.catalog.store()
         if found is None:
             raise ObjectMissing(
@@ -528,7 +534,18 @@ class Mapper:
             with self._mutex:
                 # A layer may come to be named between our look at the volumes and our look at the layers.
                 self._pending_since_reclaim = set(self._pending)
-            return reclaim(self.catalog, self.blocker, in_use)
+            return reclaim(self.catalog, self.blocker, in_use, self._may_go)
+
+    def _may_go(self, layer: LayerRecord, unused: bool) -> bool:
+        """Whether nobody reads the layer's objects any more who has looked at records of late."""
+        if self.blocker.keeps_deleted:
+            return True
+        if not unused and layer.sealed is not None:
+            return time.time_ns() - layer.sealed.since_ns >= READERS_GRACE_NS
+        if time.monotonic_ns() - self._unused_since.setdefault(layer.id, time.monotonic_ns()) < READERS_GRACE_NS:
+            return False
+        del self._unused_since[layer.id]
+        return True
 
     def forget_stray_locks(self) -> None:
         """Remove the records of locks whose volumes are gone."""

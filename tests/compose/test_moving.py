@@ -212,7 +212,7 @@ CASES = {"a closed volume": ("vm", False), "an open volume": ("vm", True), "a sn
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
-@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+@pytest.mark.parametrize("moment", [Moment.AFTER, Moment.TORN], ids=lambda moment: moment.value)
 @pytest.mark.parametrize("case", CASES)
 def test_a_crash_leaves_it_whole_in_the_one_or_in_the_other(
     tmp_path: Path, case: str, moment: Moment, side: str
@@ -280,7 +280,7 @@ def changed(seen: Seen) -> Seen:
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
-@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+@pytest.mark.parametrize("moment", [Moment.AFTER, Moment.TORN], ids=lambda moment: moment.value)
 def test_an_error_of_a_store_leaves_an_open_volume_whole(tmp_path: Path, moment: Moment, side: str) -> None:
     """It goes on being used, or takes no more writes; the next move brings it there."""
     for number in itertools.count(1):

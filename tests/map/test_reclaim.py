@@ -195,7 +195,7 @@ def test_a_layer_of_a_removed_volume_that_is_not_purged_stays(world: World) -> N
 
 @pytest.mark.parametrize("kind", ["volume", "layer"])
 @pytest.mark.parametrize(
-    ("damage", "error"), [(b"nonsense", ObjectDamaged), (b"archipfs-record 4 volume a b\n{}", FormatTooNew)]
+    ("damage", "error"), [(b"nonsense", ObjectDamaged), (b"archipfs-record 5 volume a b\n{}", FormatTooNew)]
 )
 def test_where_a_record_cannot_be_read_nothing_is_swept(
     world: World, kind: str, damage: bytes, error: type[Exception]

@@ -144,6 +144,24 @@ static void answer(struct af_server *server, const struct af_request *request, c
     count(&server->served);
 }
 
+/*
+ * What the engine leaves to the composer: a flush that takes more than that; a read of what another node has deleted,
+ * which lies elsewhere by now; what needs a store that has shut us out, until we are back.
+ */
+static bool is_for_composer(const struct af_request *request, const struct af_result *result) {
+    switch (result->error) {
+    case -EAGAIN:
+        return request->kind == AF_SYNC;
+    case -ENOENT:
+    case -ESTALE:
+        return request->kind == AF_READ;
+    case -ESHUTDOWN:
+        return request->kind == AF_READ || request->kind == AF_WRITE;
+    default:
+        return false;
+    }
+}
+
 /* Inside the entry, which it leaves. */
 static void carry_out(struct af_server *server, struct af_entry *entry, const struct af_request *request, char *message,
                       size_t length) {
@@ -152,7 +170,7 @@ static void carry_out(struct af_server *server, struct af_entry *entry, const st
     /* The request was read whole, or copied: what a read finds goes over it. */
     af_serve(front->options.engine, entry, request, server->buffer + front->page_bytes, &result);
     af_table_leave(&front->table, entry);
-    if (request->kind == AF_SYNC && result.error == -EAGAIN)
+    if (is_for_composer(request, &result))
         pass_on(server, request, message, length);
     else
         answer(server, request, &result);
@@ -187,6 +205,8 @@ static bool serve(struct af_server *server, const struct af_request *request, ch
     bool reads = request->kind == AF_READ;
     if (reads && af_serve_nowait(engine, entry, request, server->buffer + front->page_bytes, &result)) {
         af_table_leave(&front->table, entry);
+        if (is_for_composer(request, &result))
+            return false;
         answer(server, request, &result);
     } else if (engine->waits(entry->volume)) {
         carry_out_far(server, entry, request, message, length);
