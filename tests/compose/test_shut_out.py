@@ -15,11 +15,12 @@ from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker, MemoryStore
 from archipfs.blockers.retry import RetryBlocker
 from archipfs.compose.composer import Composer
+from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import ArchipError, Fenced, ShutOut
 from archipfs.map.check import Finding, Severity
 from archipfs.map.locks import lock_key
-from archipfs.types import SECTOR_BYTES
+from archipfs.types import SECTOR_BYTES, VolumeId
 from tests.compose.world import World, content_of, fill, pattern
 
 MIB = 1 << 20
@@ -317,9 +318,34 @@ def test_a_volume_that_is_closed_while_we_come_back_is_claimed_no_more(
     assert nodes.one.watch_locks() == []
 
 
+class Copier:
+    """An endpoint: whoever is in a call of an engine of it waits for a call on another volume, as a copy does."""
+
+    def __init__(self) -> None:
+        self.waits_for: Call | None = None
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        return
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        if self.waits_for is not None:
+            assert self.waits_for.ended() is None
+
+
+def test_what_waits_for_a_kept_volume_goes_on_before_the_lost_one_is_seen_out(nodes: Nodes) -> None:
+    copier = Copier()
+    nodes.one.add_engine_user(copier)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    nodes.two.unlock("vm1", force=True)
+    copier.waits_for = Call(lambda: vm2.write(0, pattern(3))).began()
+    assert copier.waits_for.waits()
+    assert nodes.one.watch_locks() == [vm1.id]
+    assert copier.waits_for.ended() is None
+
+
 def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
     """To drop a backend is to ask the store within the table's lock."""
-    vm1, vm2 = nodes.make("vm1", "vm2")
+    _, vm2 = nodes.make("vm1", "vm2")
     nodes.two.unlock("vm1", force=True)
     inside, others = threading.Event(), threading.Event()
 

@@ -59,8 +59,8 @@ class NativeClient:
             said = ffi.string(problem).decode(errors="replace")
             error = store_error(-result, f"connecting to pool {settings.pool} as {settings.user}: {said}")
             raise error if isinstance(error, StoreUnavailable) else StoreUnavailable(str(error))
-        # Objects keep what they need of it alive themselves.
-        self._client: Any = made[0]
+        # Closed when the last call that uses it is over. Objects keep what they need of it alive themselves.
+        self._client: Any = ffi.gc(made[0], lib.ra_client_close)
 
     def create(self, key: str) -> "NativeDataObject":
         """An empty data object. Raises ``AlreadyExists``."""
@@ -133,14 +133,13 @@ class NativeClient:
 
     def close(self) -> None:
         """Let go of the cluster. What is open goes on, except under claims."""
-        client, self._client = self._client, None
-        if client is not None:
-            lib.ra_client_close(client)
+        self._client = None
 
     def _open_client(self) -> Any:
-        if self._client is None:
+        client = self._client
+        if client is None:
             raise StoreError("the connection to the cluster was closed; open the backend again")
-        return self._client
+        return client
 
 
 class NativeDataObject(DataObject):
