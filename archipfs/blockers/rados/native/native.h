@@ -89,7 +89,7 @@ int ra_data_exists(struct ra_client *client, const char *key);
 void ra_data_share(struct ra_data *data, struct ae_object *object);
 void ra_data_close(struct ra_data *data);
 
-/* As those of struct ae_object_ops, but with the errno as it came, and -ESHUTDOWN at once if not under a claim. */
+/* As those of struct ae_object_ops, but with the errno as it came. */
 int ra_data_read(struct ra_data *data, void *buffer, size_t length, uint64_t offset);
 int ra_data_write(struct ra_data *data, const void *buffer, size_t length, uint64_t offset);
 /* As so many writes, none of them empty, on their way at once. */
