@@ -82,8 +82,10 @@ void ra_data_share(struct ra_data *data, struct ae_object *object) {
     *object = (struct ae_object){.ops = &data_ops, .ctx = data, .waits = true};
 }
 
+/* The engine looks for a pack that it cannot read once more, elsewhere, but not for one it has waited for in vain. */
 static int pack_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return outward(ra_pack_read(ctx, buffer, length, offset));
+    int result = ra_pack_read(ctx, buffer, length, offset);
+    return result == -ETIMEDOUT ? result : outward(result);
 }
 
 static int pack_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {
