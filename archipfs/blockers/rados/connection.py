@@ -129,6 +129,12 @@ class Connection:
         self.packs.close()
         self._cluster.shutdown()
 
+    def close_replaced(self) -> None:
+        """As :meth:`close`, since another connection came in the place of this one: who still comes is told that we are
+        shut out, and so comes again by that one."""
+        self.is_shut_out = True
+        self.close()
+
     @contextmanager
     def call(self, doing: str) -> Iterator[None]:
         """Around whatever uses a handle of this connection: the binding's errors become ours.
@@ -188,6 +194,11 @@ class Connection:
             error = self.store_error(result, doing)
             raise type(error)(f"{error} ({said})" if said else str(error))
         return bytes(output)
+
+    def wait_for_latest_map(self) -> None:
+        """From then on, who was shut out before is refused wherever we have been: see ``claims``."""
+        with self.call("waiting for the cluster's newest map"):
+            self._cluster.wait_for_latest_osdmap()
 
     def blocklist(self, address: str, expire_s: int) -> None:
         """Have all OSDs refuse whatever comes from ``address``, and wait until this client's map says so.
