@@ -113,12 +113,54 @@ static void test_a_claim_under_which_a_write_was_not_answered_is_kept(void) {
     struct ra_client *successor = client_open(0);
     ra_client_adopt(client, successor);
     CHECK_EQUAL(ra_claim(client, LOCK, "node/1"), 0);
-    CHECK_EQUAL(ra_data_write(data, "z", 1, 0), 0);
     CHECK_EQUAL(ra_disclaim(client, LOCK, &kept), 0);
     CHECK(!kept);
     ra_data_close(data);
     ra_client_close(client);
     ra_client_close(successor);
+    CHECK_EQUAL(fake_clients(), 0);
+}
+
+static void test_what_a_former_owner_opened_stays_without_a_claim(void) {
+    fake_reset();
+    struct ra_client *client = client_open(0);
+    struct ra_data *former = open_claimed(client), *present;
+    bool kept;
+    CHECK_EQUAL(ra_disclaim(client, LOCK, &kept), 0);
+    CHECK_EQUAL(ra_claim(client, LOCK, "node/3"), 0);
+    CHECK_EQUAL(ra_data_write(former, "x", 1, 0), -EIO);
+    CHECK_EQUAL(ra_data_open(client, KEY, true, LOCK, &present), 0);
+    CHECK_EQUAL(ra_data_write(present, "y", 1, 0), 0);
+    CHECK_EQUAL(ra_data_write(former, "x", 1, 0), -EIO);
+    ra_data_close(former);
+    CHECK_EQUAL(ra_data_write(present, "z", 1, 0), 0);
+    CHECK_EQUAL(ra_disclaim(client, LOCK, &kept), 0);
+    CHECK_EQUAL(fake_lockers(CLAIM_SPACE, CLAIM_OBJECT), 0);
+    ra_data_close(present);
+    ra_client_close(client);
+    CHECK_EQUAL(fake_clients(), 0);
+}
+
+/* Told again, too, when giving it up is repeated: else somebody would take the lock for one that may go. */
+static void test_that_a_claim_is_kept_is_said_each_time(void) {
+    fake_reset();
+    struct ra_client *client = client_open(0);
+    struct ra_data *data = open_claimed(client);
+    bool kept;
+    CHECK_EQUAL(ra_data_write(data, "x", 1, 0), 0);
+    fake_hold(KEY "/");
+    CHECK_EQUAL(ra_data_write(data, "y", 1, 0), -ETIMEDOUT);
+    fake_hold(NULL);
+    for (unsigned i = 0; i < 2; i++) {
+        CHECK_EQUAL(ra_disclaim(client, LOCK, &kept), 0);
+        CHECK(kept);
+    }
+    CHECK_EQUAL(ra_claim(client, LOCK, "node/2"), -EBUSY);
+    CHECK_EQUAL(ra_claim(client, LOCK, "node/1"), 0);
+    CHECK_EQUAL(ra_disclaim(client, LOCK, &kept), 0);
+    CHECK(kept);
+    ra_data_close(data);
+    ra_client_close(client);
     CHECK_EQUAL(fake_clients(), 0);
 }
 
@@ -152,6 +194,10 @@ static void test_who_waits_goes_on_when_the_claim_is_there_again(void) {
     wait_until(knows, client);
     char byte = 9;
     CHECK_EQUAL(ra_data_read(free_one, &byte, 1, 0), -ESHUTDOWN);
+    struct ae_object object;
+    ra_data_share(free_one, &object);
+    CHECK_EQUAL(object.ops->pread(object.ctx, &byte, 1, 0), -ESHUTDOWN);
+    object.ops->close(object.ctx);
     CHECK_EQUAL(ra_claim(client, "lock/c", "node/1"), -ESHUTDOWN);
     CHECK_EQUAL(ra_client_wait_for_latest_map(client), -ESHUTDOWN);
 
@@ -388,6 +434,8 @@ int main(void) {
         {"a claim has one owner", test_a_claim_has_one_owner},
         {"giving a claim up waits for what is under way", test_giving_a_claim_up_waits_for_what_is_under_way},
         {"a write was not answered: the claim is kept", test_a_claim_under_which_a_write_was_not_answered_is_kept},
+        {"what a former owner opened", test_what_a_former_owner_opened_stays_without_a_claim},
+        {"that a claim is kept is said each time", test_that_a_claim_is_kept_is_said_each_time},
         {"a read was not answered: it is not", test_a_read_that_was_not_answered_keeps_no_claim},
         {"who waits goes on when the claim is there", test_who_waits_goes_on_when_the_claim_is_there_again},
         {"waiting for a claim ends", test_waiting_for_a_claim_ends},

@@ -1,6 +1,6 @@
 /*
  * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
- * guest gets EIO.
+ * guest gets EIO. That something is missing, or that we were shut out (ESHUTDOWN), is for the composer to know.
  */
 #include "pack.h"
 #include "striped.h"
