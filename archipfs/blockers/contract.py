@@ -198,7 +198,8 @@ class Blocker(ABC):
 
     @abstractmethod
     def list_data(self, kind: str) -> Iterator[str]:
-        """Keys of all data objects of a kind, in no order."""
+        """Keys of all data objects of a kind, in no order. What a ``delete_data`` that was cut short has left of one is
+        among them, though nobody can open it: so that somebody deletes it again."""
 
     @property
     def keeps_deleted(self) -> bool:

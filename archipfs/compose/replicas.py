@@ -310,23 +310,25 @@ class Replicas(Seals):
         records = [each.record for each in source.volumes() if self._is_to_be_copied(source, other, each.record)]
         records.sort(key=lambda each: (each.writable, each.created_ns))  # so that most find what they are made from
         done = Synced()
-        lacking = []
-        with self._copier(source, other) as copier:
-            if delete:
-                self._remove_orphans(copier, done, dry_run=dry_run)
-            for record in records:
-                with _passing_over(done, record):
-                    if self._is_same(copier, record):
-                        done.current.append(str(record.name))
-                    else:
-                        lacking.append(record)
-            copier.expect(lacking, self._heeding_the_end(progress))
-            for record in lacking:
-                with _passing_over(done, record):
-                    changed = dry_run or self._replicate(copier, record)
-                    (done.copied if changed else done.current).append(str(record.name))
-            done.added_bytes = copier.about_bytes if dry_run else copier.added_bytes
-        self._reclaim_wanted = True
+        try:
+            with self._copier(source, other) as copier:
+                if delete:
+                    self._remove_orphans(copier, done, dry_run=dry_run)
+                lacking = []
+                for record in records:
+                    with _passing_over(done, record):
+                        if self._is_same(copier, record):
+                            done.current.append(str(record.name))
+                        else:
+                            lacking.append(record)
+                copier.expect(lacking, self._heeding_the_end(progress))
+                for record in lacking:
+                    with _passing_over(done, record):
+                        changed = dry_run or self._replicate(copier, record)
+                        (done.copied if changed else done.current).append(str(record.name))
+                done.added_bytes = copier.about_bytes if dry_run else copier.added_bytes
+        finally:
+            self._reclaim_wanted = True  # of heads that replicas have left, and of what an error has
         return done
 
     def _copier(self, origin: Mapper, target: Mapper) -> Copier:

@@ -160,6 +160,8 @@ class OpenVolume:
             try:
                 # Only now is the record ours alone to change.
                 before = self.mapper.catalog.volume(self.id).record
+                if before.moved_to is not None:
+                    raise NotFound(f"the volume {self.id} has been moved to another backend; open it again")
                 if before.replica_of is not None:
                     # Before anything is read: whoever copies to it does so only as long as it is a replica.
                     self.mapper.change(self.id, _of_its_own)
@@ -611,6 +613,7 @@ class OpenVolume:
         layers = home.mapper.catalog.with_chain(record.layer, open_chain)
         try:
             try:
+                self._verify(engine, self._owned_lease())
                 committed = commit()
             except ArchipError:
                 if not self._changed_after_all(engine, moved_to=home.mapper.store.id):
@@ -622,6 +625,7 @@ class OpenVolume:
             def follow() -> None:
                 engine.replace(layers, record.size)
                 self._verify(engine, lease)
+                self._renew_guard()
 
             self._follow(engine, follow)
             return committed
@@ -800,7 +804,7 @@ def _of_its_own(record: VolumeRecord) -> VolumeRecord:
 
 def _with_head(record: VolumeRecord, head: LayerId, **fields: object) -> VolumeRecord:
     """The record with other fields. Raises ``Fenced`` if its head is not ``head``."""
-    if record.layer != head:
+    if record.layer != head or record.moved_to is not None:
         raise Fenced(f"{record.name} was changed by another node after our lock was broken; we write no more")
     return msgspec.structs.replace(record, **fields)
 

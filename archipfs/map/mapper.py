@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import msgspec
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import AlreadyExists, ArchipError, Conflict, InvalidInput, NotFound, ObjectMissing, TooLarge
+from archipfs.errors import (
+    AlreadyExists,
+    ArchipError,
+    Conflict,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    ObjectMissing,
+    TooLarge,
+)
 from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
 from archipfs.map.chunks import check_compression
 from archipfs.map.hashes import content_hash
@@ -476,16 +485,26 @@ class Mapper:
         if entry is not None and entry.record.volume == volume and entry.record.replaced is not None:
             self._displace(entry.record.replaced, name)
 
-    def remove(self, volume: VolumeId, *, moved_to: str | None = None) -> VolumeRecord:
-        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock.
+    def remove(self, volume: VolumeId) -> VolumeRecord:
+        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
+        return self._unname(volume, lambda record: msgspec.structs.replace(record, name=None))
 
-        ``moved_to``: the id of the store in which it lives on.
-        """
+    def leave(self, volume: VolumeId, layer: LayerId, store: str) -> VolumeRecord:
+        """As ``remove``, of a volume that lives on in another store, which has what ``layer`` holds. Raises ``Fenced``
+        if it has another layer by now."""
+
+        def gone(record: VolumeRecord) -> VolumeRecord:
+            if record.layer != layer:
+                raise Fenced(f"{record.name} was changed by another node after our lock was broken; it is not moved")
+            return msgspec.structs.replace(record, name=None, moved_to=store)
+
+        return self._unname(volume, gone)
+
+    def _unname(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> VolumeRecord:
         name = self.catalog.volume(volume).record.name
         if name is not None:
             self._finish_replacing(name, volume)
-        fields = {"name": None} if moved_to is None else {"name": None, "moved_to": moved_to}
-        removed = self.change(volume, lambda record: msgspec.structs.replace(record, **fields)).record
+        removed = self.change(volume, edit).record
         if name is not None:
             self._drop_name(name, volume)
         return removed

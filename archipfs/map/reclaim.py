@@ -139,11 +139,10 @@ def delete_objects(blocker: Blocker, layer: LayerId) -> int:
     """Delete a layer's data object and bitmap, as far as they are there. Returns bytes freed."""
     stored_bytes = 0
     for key in (f"bitmap/{layer}", f"layer/{layer}"):
-        try:
+        with suppress(ObjectMissing):
             data = blocker.open_data(key, writable=False)
-        except ObjectMissing:
-            continue  # an earlier attempt got this far
-        stored_bytes += data.allocated()
-        data.close()
+            stored_bytes += data.allocated()
+            data.close()
+        # Also what cannot be opened: an attempt that was cut short may have left a part of it.
         blocker.delete_data(key)
     return stored_bytes

@@ -189,7 +189,15 @@ class RadosBlocker(Blocker):
         return self._client.connection.is_shut_out or self._native.is_shut_out
 
     def reconnect(self) -> "RadosBlocker":
-        return RadosBlocker(self._settings)
+        successor = RadosBlocker(self._settings)
+        try:
+            # Whatever it does comes after we were shut out, also where nobody is left to be shut out by its claims.
+            successor._client.connection.wait_for_latest_map()
+            successor._native.wait_for_latest_map()
+        except BaseException:
+            successor.close()
+            raise
+        return successor
 
     def adopt(self, successor: Blocker) -> None:
         if not isinstance(successor, RadosBlocker) or successor._settings != self._settings:
@@ -197,7 +205,7 @@ class RadosBlocker(Blocker):
         former = self._client.connection
         self._native.adopt(successor._native)
         self._client = _Client.of(successor._client.connection.share(), self._native)
-        former.close()
+        former.close_replaced()
 
     # The whole
 

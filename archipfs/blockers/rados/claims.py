@@ -17,8 +17,8 @@ Claiming
 Giving up
     1. The native client ends what is under way, and gives its lock up. Where a write of it may still arrive, it keeps
        it, so that whoever claims next shuts it out.
-    2. Read who holds the lock. Nobody but us and those on the blocklist: remove the object, if it is still at that
-       version. Else, give our lock up.
+    2. Read who holds the lock. Nobody but us (the native client does not count where it keeps it) and those on the
+       blocklist: remove the object, if it is still at that version. Else, give our lock up.
 
 Why nothing of who was shut out arrives any more
     An OSD refuses what comes from an address that its map has on the blocklist. OSDs learn of a new map at different
@@ -84,9 +84,11 @@ class Claims:
 
     def disclaim(self, key: str) -> None:
         try:
-            self._native.disclaim(key)
+            kept = self._native.disclaim(key)
             found = self._read(key)
-            if found.addresses() <= {self._connection.address} | self._gone:
+            # The native client's lock is still there where giving it up was not answered.
+            ours = {self._connection.address} | set(() if kept else map(plain_address, self._native.addresses()))
+            if found.addresses() <= ours | self._gone:
                 self._remove(key, found)
                 return
             for locker in found.lock.lockers:

@@ -71,6 +71,7 @@ static int as_failure(int error) {
     case -ENXIO:
     case -EOPNOTSUPP:
     case -ESTALE:
+    case -ETIMEDOUT:
         return -EIO;
     default:
         return error;

@@ -6,7 +6,6 @@
 #include <string.h>
 
 #define NAMESPACE_BYTES_MAX 256
-#define UNCLAIMED_SECONDS_MAX 60
 
 /* Connecting */
 
@@ -270,31 +269,19 @@ void ra_client_unuse(struct ra_client *client, struct ra_claim *claim) {
 
 /* Calls */
 
-/* With the mutex held. False: the time is over. `seconds` 0: it never is. */
-static bool wait_for_change(struct ra_client *client, struct ra_deadline *deadline, unsigned seconds) {
-    if (seconds == 0) {
+/* With the mutex held. False: the time is over. */
+static bool wait_for_change(struct ra_call *call) {
+    struct ra_client *client = call->client;
+    if (client->operation_timeout_s == 0) {
         pthread_cond_wait(&client->changed, &client->mutex);
         return true;
     }
-    if (!deadline->set) {
-        clock_gettime(CLOCK_MONOTONIC, &deadline->at);
-        deadline->at.tv_sec += seconds;
-        deadline->set = true;
+    if (!call->has_deadline) {
+        clock_gettime(CLOCK_MONOTONIC, &call->deadline);
+        call->deadline.tv_sec += client->operation_timeout_s;
+        call->has_deadline = true;
     }
-    return pthread_cond_timedwait(&client->changed, &client->mutex, &deadline->at) != ETIMEDOUT;
-}
-
-bool ra_client_wait(struct ra_client *client, struct ra_deadline *deadline, int result) {
-    if (result != -ESHUTDOWN)
-        return false;
-    unsigned seconds = client->operation_timeout_s > 0 ? client->operation_timeout_s : UNCLAIMED_SECONDS_MAX;
-    pthread_mutex_lock(&client->mutex);
-    bool in_time = true;
-    while (in_time && !client->closed && atomic_load(&client->connection->shut_out))
-        in_time = wait_for_change(client, deadline, seconds);
-    bool returned = !atomic_load(&client->connection->shut_out);
-    pthread_mutex_unlock(&client->mutex);
-    return returned;
+    return pthread_cond_timedwait(&client->changed, &client->mutex, &call->deadline) != ETIMEDOUT;
 }
 
 int ra_call_begin(struct ra_call *call) {
@@ -314,7 +301,7 @@ int ra_call_begin(struct ra_call *call) {
         }
         if (!shut_out && claim->number == client->number)
             break;
-        if (!wait_for_change(client, &call->deadline, client->operation_timeout_s)) {
+        if (!wait_for_change(call)) {
             result = -EIO;
             break;
         }

@@ -57,12 +57,6 @@ struct ra_client {
     unsigned operation_timeout_s;
 };
 
-/* When waiting is over; it is set when the waiting begins. */
-struct ra_deadline {
-    bool set;
-    struct timespec at;
-};
-
 /*
  * One call on an object:
  *     struct ra_call call = {.client = …, .claim = …};
@@ -80,7 +74,8 @@ struct ra_call {
     uint64_t number;
     /* To be set when something that changes the store had no answer in time. */
     bool uncertain;
-    struct ra_deadline deadline;
+    bool has_deadline;
+    struct timespec deadline;
 };
 
 /*
@@ -91,13 +86,6 @@ int ra_call_begin(struct ra_call *call);
 
 /* The call is over with `result`. True: it met its end by being shut out, and is to be made once more. */
 bool ra_call_again(struct ra_call *call, int result);
-
-/*
- * For whoever cannot be told that this client was shut out: true once there is another connection, if that is what
- * `result` says, and it is there within the time that an operation may take (a minute where that has no end, since what
- * brings the connection may be waiting for the caller).
- */
-bool ra_client_wait(struct ra_client *client, struct ra_deadline *deadline, int result);
 
 /* Objects keep their client, and the claim they were opened under. */
 int ra_client_use(struct ra_client *client, const char *claim_key, struct ra_claim **claim);

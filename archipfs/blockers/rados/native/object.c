@@ -1,6 +1,6 @@
 /*
- * Data objects and packs as the engine takes them: for a guest, who knows of no cluster. Being shut out is a pause, as
- * it is under a claim; and of errnos that only say how the cluster could not be reached, he gets EIO.
+ * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
+ * guest gets EIO. That something is missing, or that we were shut out (ESHUTDOWN), is for the composer to know.
  */
 #include "pack.h"
 #include "striped.h"
@@ -9,7 +9,6 @@
 
 static int outward(int result) {
     switch (result) {
-    case -ESHUTDOWN:
     case -ETIMEDOUT:
     case -ENOTCONN:
     case -EHOSTDOWN:
@@ -29,52 +28,23 @@ static int outward(int result) {
     }
 }
 
-static struct ra_client *client_of(void *ctx) { return ((struct ra_data *)ctx)->client; }
-
 static int data_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_read(ctx, buffer, length, offset);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_read(ctx, buffer, length, offset));
 }
 
 static int data_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_write(ctx, buffer, length, offset);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_write(ctx, buffer, length, offset));
 }
 
 static int data_pwrite_each(void *ctx, const struct ae_write *writes, size_t count) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_write_each(ctx, writes, count);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_write_each(ctx, writes, count));
 }
 
 static int data_punch(void *ctx, uint64_t offset, uint64_t length) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_punch(ctx, offset, length);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_punch(ctx, offset, length));
 }
 
-static int data_truncate(void *ctx, uint64_t size) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_truncate(ctx, size);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
-}
+static int data_truncate(void *ctx, uint64_t size) { return outward(ra_data_truncate(ctx, size)); }
 
 /* RADOS answers a write when all replicas have it on disk, so what has returned is durable. */
 static int data_flush(void *ctx) {
@@ -82,31 +52,14 @@ static int data_flush(void *ctx) {
     return 0;
 }
 
-static int data_size(void *ctx, uint64_t *size) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_size(ctx, size);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
-}
+static int data_size(void *ctx, uint64_t *size) { return outward(ra_data_size(ctx, size)); }
 
 static int data_next_data(void *ctx, uint64_t offset, uint64_t *found) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_next_data(ctx, offset, found);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_next_data(ctx, offset, found));
 }
 
 static int data_next_hole(void *ctx, uint64_t offset, uint64_t *found) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_data_next_hole(ctx, offset, found);
-    while (ra_client_wait(client_of(ctx), &deadline, result));
-    return outward(result);
+    return outward(ra_data_next_hole(ctx, offset, found));
 }
 
 static void data_close(void *ctx) { ra_data_close(ctx); }
@@ -129,13 +82,10 @@ void ra_data_share(struct ra_data *data, struct ae_object *object) {
     *object = (struct ae_object){.ops = &data_ops, .ctx = data, .waits = true};
 }
 
+/* The engine looks for a pack that it cannot read once more, elsewhere, but not for one it has waited for in vain. */
 static int pack_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    struct ra_deadline deadline = {0};
-    int result;
-    do
-        result = ra_pack_read(ctx, buffer, length, offset);
-    while (ra_client_wait(((struct ra_pack *)ctx)->client, &deadline, result));
-    return outward(result);
+    int result = ra_pack_read(ctx, buffer, length, offset);
+    return result == -ETIMEDOUT ? result : outward(result);
 }
 
 static int pack_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {

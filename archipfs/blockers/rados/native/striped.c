@@ -162,7 +162,7 @@ int ra_data_exists(struct ra_client *client, const char *key) {
         return result;
     do
         if ((result = ra_call_begin(&call)) == 0)
-            result = header_look(&call, key);
+            result = header_stat(&call, key);
     while (ra_call_again(&call, result));
     return result;
 }
