@@ -178,6 +178,7 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
             composer.recover()
         upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
         yield Node(config, identity, composer, dict, lambda volume: None, upkeep, stores)
+        composer.return_to_stores()
         composer.close_all()
         composer.reclaim()
 

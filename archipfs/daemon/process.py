@@ -205,9 +205,12 @@ class _Life:
             if number == signal.SIGHUP and self._is_kept():
                 # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
                 with trio.CancelScope(shield=True):
-                    await self.mount.hand_over()
-                log.info("handed over", pid=os.getpid())
-                os._exit(HANDED_OVER_EXIT_CODE)
+                    async with trio.open_nursery() as watch:
+                        # What waits until we are back in a store is to be answered too.
+                        watch.start_soon(_return_to_stores, self.node)
+                        await self.mount.hand_over()
+                        log.info("handed over", pid=os.getpid())
+                        os._exit(HANDED_OVER_EXIT_CODE)
             log.info("stopping", signal=signal.Signals(number).name)
             await self.mount.stop()
 
@@ -299,6 +302,16 @@ async def _watch_locks(node: Node, mount: Mount) -> None:
                 await mount.operations.invalidate(inode_of(volume))
         except Exception:
             log.exception("bug", chore="watch locks")
+
+
+async def _return_to_stores(node: Node) -> None:
+    """As ``_watch_locks``, but leaves what is lost to the next daemon, which finds that out when it opens it."""
+    while True:
+        try:
+            await trio.to_thread.run_sync(node.composer.return_to_stores)
+        except Exception:
+            log.exception("bug", chore="return to stores")
+        await trio.sleep(HOUSEKEEPING_SECONDS)
 
 
 def _allow_many_files() -> None:
