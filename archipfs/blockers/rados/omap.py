@@ -76,7 +76,10 @@ def change(
     put: Mapping[str, bytes] | None = None,
     remove: Sequence[str] = (),
 ) -> bool:
-    """Put and remove entries, durably, if all conditions hold; no cluster is too full for it. Returns whether they did."""
+    """Put and remove entries, durably, if all conditions hold. Returns whether they did.
+
+    No cluster is too full for it.
+    """
     rados = connection.rados
     with connection.call(doing), rados.WriteOpCtx() as operation:
         if put:
