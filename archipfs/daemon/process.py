@@ -87,7 +87,10 @@ def serve(
         if not config.backends:
             config = create_default_backend(config)
         with ExitStack() as stack:
-            node = stack.enter_context(open_node(config)) if kept is None else _open_patiently(config, stack)
+            if kept is None:
+                node = stack.enter_context(open_node(config, all_backends=False))
+            else:
+                node = _open_patiently(config, stack)
             mount = Mount(node.composer, mountpoint, front=front, threads=threads, kept=kept)
             life = _Life(node, mount, ready, locks, inherited.get(CONTROL), since_ns, went_on=kept is not None)
             trio.run(life.live)
@@ -170,6 +173,7 @@ class _Life:
             nursery.start_soon(_watch_locks, node, mount)
             nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
+            nursery.start_soon(_look_for_away, node)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
             if node.config.gc.background:
@@ -180,7 +184,12 @@ class _Life:
         life.cancel()
 
     async def _is_ready(self, control_fd: int) -> None:
-        notes = []
+        notes = [
+            f"{error}; it is tried again, and its volumes are missing until then"
+            for error in self.node.composer.away.values()
+        ]
+        for name, error in self.node.composer.away.items():
+            log.warning("a backend is away", backend=name, error=str(error))
         kept = self.mount.kept
         if kept is not None:
             keep = {DEVICE: kept.device, SESSION: kept.session, CONTROL: control_fd, **self.locks}
@@ -276,6 +285,17 @@ async def _seal_in_background(node: Node) -> None:
             await trio.to_thread.run_sync(sealing.seal_what_is_due, limiter=threads)
         except Exception:
             log.exception("bug", chore="seal in the background")
+
+
+async def _look_for_away(node: Node) -> None:
+    """Every now and then see whether backends that were away when we began can be reached."""
+    threads = trio.CapacityLimiter(1)
+    while node.composer.away:
+        await trio.sleep(STORE_RETRY_SECONDS)
+        try:
+            await trio.to_thread.run_sync(node.look_for_away, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="look for backends that are away")
 
 
 async def _collect_garbage(node: Node) -> None:
