@@ -345,9 +345,13 @@ class OpenVolume:
             with self.reading() as engine:
                 return engine.read(offset, length)
 
+        return self._with_what_is_there(read)
+
+    def _with_what_is_there(self, action: Callable[[], T]) -> T:
+        """Do it; again, if an object was missing, with what took its place."""
         while True:
             try:
-                return self._once_inside(read)
+                return self._once_inside(action)
             except ObjectMissing:
                 if not self._is_read_otherwise():
                     raise
@@ -419,7 +423,7 @@ class OpenVolume:
             return self.freeze()
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
-        return self._once_inside(lambda: self.engine.write(offset, data))
+        return self._with_what_is_there(lambda: self.engine.write(offset, data))
 
     def discard(self, offset: int, length: int) -> None:
         self.engine.discard(offset, length)

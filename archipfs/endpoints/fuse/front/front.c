@@ -139,9 +139,7 @@ static void pass_on(struct af_server *server, const struct af_request *request, 
 }
 
 /* Whoever has a disk open is not told that it is not there, or what it lies in. */
-static int outward(int error) {
-    return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error;
-}
+static int outward(int error) { return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error; }
 
 static void answer(struct af_server *server, const struct af_request *request, const struct af_result *result) {
     const struct af_front *front = server->context;
@@ -150,8 +148,8 @@ static void answer(struct af_server *server, const struct af_request *request, c
 }
 
 /*
- * What the engine leaves to the composer: a flush that takes more than that; a read of what another node has deleted,
- * which lies elsewhere by now; what needs a store that has shut us out, until we are back.
+ * What the engine leaves to the composer: a flush that takes more than that; what needs an object that another node has
+ * deleted, since it lies elsewhere by now, or a store that has shut us out, until we are back.
  */
 static bool is_for_composer(const struct af_request *request, const struct af_result *result) {
     switch (result->error) {
@@ -159,7 +157,6 @@ static bool is_for_composer(const struct af_request *request, const struct af_re
         return request->kind == AF_SYNC;
     case -ENOENT:
     case -ESTALE:
-        return request->kind == AF_READ;
     case -ESHUTDOWN:
         return request->kind == AF_READ || request->kind == AF_WRITE;
     default:
