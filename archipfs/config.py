@@ -63,7 +63,9 @@ class CacheConfig:
     extents: int = 64 << 20
     """Bytes of memory for where regions lie; a region of 4 MiB takes about 2 KiB."""
     objects: int = 1 << 30
-    """Bytes in ``state_dir`` for chunks that cannot be read in place."""
+    """Bytes in ``state_dir`` for chunks that are compressed."""
+    packs: int = 10 << 30
+    """Bytes in ``state_dir`` for packs that lie in a store without files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +197,12 @@ def _gc(path: Path, table: Mapping[str, Any]) -> GcConfig:
 
 
 def _cache(path: Path, table: Mapping[str, Any]) -> CacheConfig:
-    _known(path, "cache.", table, {"extents", "objects"})
+    _known(path, "cache.", table, {"extents", "objects", "packs"})
     default = CacheConfig()
     return CacheConfig(
         _bytes(path, "cache.extents", table.get("extents", default.extents)),
         _bytes(path, "cache.objects", table.get("objects", default.objects)),
+        _bytes(path, "cache.packs", table.get("packs", default.packs)),
     )
 
 

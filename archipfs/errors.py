@@ -146,6 +146,8 @@ def from_errno(number: int, doing: str) -> ArchipError:
         errno.EINVAL: InvalidInput,
         errno.EOPNOTSUPP: NotSupported,
         errno.ENOENT: ObjectMissing,
+        errno.ESHUTDOWN: ShutOut,
+        errno.ESTALE: ObjectMissing,  # NFS: another client has deleted it
     }.get(number, StoreError)
     hint = "free some space in the store and try again" if cls is StoreFull else "see the log of the store's system"
     return cls(f"{doing}: {errno.errorcode.get(number, number)}; {hint}")

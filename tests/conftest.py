@@ -1,13 +1,25 @@
 """Fixtures for tests that need a mount or a Ceph cluster, which are always taken away and looked at afterwards."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
+from tests.lib import searching
 from tests.lib.ceph import Cluster, cluster
 from tests.lib.instance import Instance, instances
 
+settings.load_profile(searching.REPEATABLE)
+
 MakeInstance = Callable[..., Instance]
+
+
+def pytest_configure() -> None:
+    # What a shell starts in the background ignores interrupts, and so would all that is started here, on to the test
+    # that interrupts a program.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -65,11 +65,12 @@ def test_when_to_seal_and_what_to_keep_is_read(tmp_path: Path) -> None:
     live_after = 86400
     [cache]
     extents = "1MiB"
+    packs = "2GiB"
     objects = 0
     """
     config = load_config(path=written(tmp_path, text))
     assert config.seal == SealConfig(False, 1.5, 4, 100 << 20, 86400)
-    assert config.cache == CacheConfig(1 << 20, 0)
+    assert config.cache == CacheConfig(extents=1 << 20, objects=0, packs=2 << 30)
 
 
 def test_an_empty_file_has_the_defaults(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_file_that_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
         ("[seal]\nthreads = true", "seal.threads is not a number from 1 to 64: True"),
         ('[seal]\nbandwidth = "fast"', "seal.bandwidth: not a size: 'fast'"),
         ("[cache]\nextents = 1.5", "cache.extents is not a size: 1.5"),
-        ("[cache]\nextent = 1", r"unknown key cache\.extent; the keys there are extents, objects"),
+        ("[cache]\nextent = 1", r"unknown key cache\.extent; the keys there are extents, objects, packs"),
         ('[node]\nstatedir = "/a"', r"unknown key node\.statedir; the keys there are run_dir, state_dir"),
         ("node = 1", "node is not a table; write it as \\[node\\]"),
         ("[[node]]", "node is not a table"),

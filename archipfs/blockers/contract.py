@@ -198,7 +198,14 @@ class Blocker(ABC):
 
     @abstractmethod
     def list_data(self, kind: str) -> Iterator[str]:
-        """Keys of all data objects of a kind, in no order."""
+        """Keys of all data objects of a kind, in no order. What a ``delete_data`` that was cut short has left of one is
+        among them, though nobody can open it: so that somebody deletes it again."""
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """Whether a data object that is deleted stays for those who have it open, wherever they are, until they close
+        it. Where it does not, their calls raise ``ObjectMissing``, and never give zeros for what was there."""
+        return False
 
     @property
     @abstractmethod

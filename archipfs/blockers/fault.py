@@ -233,6 +233,10 @@ class FaultBlocker(Blocker):
         yield from self.ask(f"list_data {kind}", lambda: tuple(self._inner.list_data(kind)))
 
     @property
+    def keeps_deleted(self) -> bool:
+        return self._inner.keeps_deleted
+
+    @property
     def data_bytes_max(self) -> int:
         return self._inner.data_bytes_max
 

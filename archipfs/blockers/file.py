@@ -86,6 +86,7 @@ import os
 import secrets
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -140,6 +141,15 @@ _TRY_PAUSE_S = 0.005
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_LOCAL_FILE_SYSTEMS = {
+    *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010),  # ext2 to ext4, XFS, btrfs, f2fs
+    *(0x2FC12FC1, 0xCA451A4E, 0x01021994, 0x794C7630),  # ZFS, bcachefs, tmpfs, overlayfs
+}
+"""As statfs(2) numbers those that one host alone has mounted, which keep a deleted file for whoever has it open."""
+_STATFS_BYTES = 256
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_fstatfs.restype = ctypes.c_int
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
@@ -314,6 +324,7 @@ class FileBlocker(Blocker):
         except OSError as error:
             why = os.strerror(error.errno or errno.EIO)
             raise StoreUnavailable(f"store {self._root}: {why}; mount its file system, or correct the path") from error
+        self._is_local = _file_system(self._root_fd) in _LOCAL_FILE_SYSTEMS
         try:
             for area in _AREAS:
                 if not os.path.isdir(f"{self._root}/{area}"):
@@ -573,6 +584,11 @@ class FileBlocker(Blocker):
         check_kind(kind)
         for ident in self._names(f"{self._root}/data/{kind}"):
             yield f"{kind}/{ident}"
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """A local file system does; one that other hosts mount too may not (NFS: ESTALE)."""
+        return self._is_local
 
     @property
     def data_bytes_max(self) -> int:
@@ -935,3 +951,11 @@ def _largest_size(fd: int) -> int:
         else:
             high = middle
     return low * SECTOR_BYTES
+
+
+def _file_system(fd: int) -> int:
+    """Its number, 0 if it does not say."""
+    answer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _fstatfs(fd, answer) < 0:
+        return 0
+    return int.from_bytes(answer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)

@@ -331,6 +331,10 @@ class MemoryBlocker(Blocker):
         yield from keys
 
     @property
+    def keeps_deleted(self) -> bool:
+        return True
+
+    @property
     def data_bytes_max(self) -> int:
         return VOLUME_BYTES_MAX
 

@@ -29,7 +29,7 @@ DRIVERS: dict[str, Driver] = {
     "rados": Driver(
         frozenset({"pool"}),
         frozenset({"conf", "user", "keyring", "namespace", "timeout", "operation_timeout"}),
-        RadosBlocker.from_options,
+        RadosBlocker.create,
         RadosBlocker.from_options,
         load_rados,
     ),

@@ -150,6 +150,10 @@ class RetryBlocker(Blocker):
         yield from self._run(lambda _: tuple(self._inner.list_data(kind)))
 
     @property
+    def keeps_deleted(self) -> bool:
+        return self._inner.keeps_deleted
+
+    @property
     def data_bytes_max(self) -> int:
         return self._run(lambda _: self._inner.data_bytes_max)
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -203,6 +203,7 @@ def backend_remove(instance: Instance, name: str, keep_data: bool, dry_run: bool
 @click.option("--origin", required=True, help="The backend to copy from.")
 @click.option("--target", required=True, help="The backend to copy to.")
 @click.option("--rate", metavar="SIZE", callback=_parse_size, help="Copy so much a second at most, as 100M.")
+@click.option("--delete", is_flag=True, help="Also remove from the target the replicas of what the origin has no more.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen and change nothing.")
 @report_options
 @click.pass_context
@@ -213,6 +214,7 @@ def backend_sync(
     origin: str,
     target: str,
     rate: int | None,
+    delete: bool,
     dry_run: bool,
     report: Report,
 ) -> None:
@@ -223,7 +225,8 @@ def backend_sync(
     anything was passed over.
     """
     with instance.connect() as client, advancing(f"copying {origin} to {target}") as progress:
-        done = client.follow("backend-sync", progress, origin=origin, target=target, dry_run=dry_run, rate=rate)
+        wanted = {"origin": origin, "target": target, "rate": rate, "delete": delete, "dry_run": dry_run}
+        done = client.follow("backend-sync", progress, **wanted)
     for each in done["passed_over"]:
         click.echo(f"archip: passed over {printable(each['name'])}: {printable(each['why'])}", err=True)
     report.done(_sync_sentence(done), done)
@@ -232,13 +235,21 @@ def backend_sync(
 
 
 def _sync_sentence(done: Mapping[str, Any]) -> str:
-    count = len(done["copied"])
-    if not count:
-        return f"{done['target']} lacks nothing of {done['origin']}" if not done["passed_over"] else "copied nothing"
-    what = "1 volume or snapshot" if count == 1 else f"{count} volumes and snapshots"
-    if done["dry_run"]:
-        return f"would copy {what} from {done['origin']} to {done['target']}, about {format_size(done['added'])}"
-    return f"copied {what} from {done['origin']} to {done['target']}, stored {format_size(done['added'])}"
+    copied, removed = done["copied"], done["removed"]
+    copy, about, remove = ("would copy", "about ", "would remove") if done["dry_run"] else ("copied", "", "removed")
+    sentences = []
+    if copied:
+        added = f"{about}{format_size(done['added'])}"
+        sentences.append(f"{copy} {_count(copied)} from {done['origin']} to {done['target']}, {added} of new data")
+    if removed:
+        sentences.append(f"{remove} {_count(removed)} from {done['target']}")
+    if sentences:
+        return "; ".join(sentences)
+    return "copied nothing" if done["passed_over"] else f"{done['target']} lacks nothing of {done['origin']}"
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 volume or snapshot" if len(names) == 1 else f"{len(names)} volumes and snapshots"
 
 
 COMMANDS = (backend_list, backend_info, backend_create, backend_remove, backend_sync)

@@ -1,7 +1,7 @@
 """The commands on the mount and on the node as a whole."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from archipfs.cli.output import (
     View,
     as_duration,
     as_names,
+    as_size,
     report_options,
     view_options,
     working,
@@ -21,6 +22,12 @@ from archipfs.cli.output import (
 from archipfs.daemon import lifecycle
 from archipfs.daemon.client import connect_daemon
 from archipfs.errors import InvalidInput
+
+
+def as_pack_cache(value: Mapping[str, int], exact: bool) -> str:
+    taken, fetched = (as_size(value[key], exact) for key in ("bytes", "fetched_bytes"))
+    return f"{taken} in {value['files']} files; {fetched} fetched; {value['hits']} hits; {value['evictions']} evictions"
+
 
 MOUNT_COLUMNS = (
     Column("mountpoint"),
@@ -30,6 +37,7 @@ MOUNT_COLUMNS = (
     Column("backends", as_names),
     Column("open_volumes", as_names),
     Column("uptime", as_duration),
+    Column("pack_cache", as_pack_cache, always=False),
 )
 
 WITHOUT_EFFECT = frozenset(

@@ -234,25 +234,27 @@ def volume_rollback(instance: Instance, name: str, snapshot: str | None, dry_run
 
 @click.command("volume-remove")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--backend", help="Those in that backend, be they replicas, or behind others of their names.")
 @_dry_run
 @report_options
 @pass_instance
-def volume_remove(instance: Instance, names: Sequence[str], dry_run: bool, report: Report) -> None:
+def volume_remove(instance: Instance, names: Sequence[str], backend: str | None, dry_run: bool, report: Report) -> None:
     """Remove volumes and snapshots.
 
     Snapshots and clones that were made from them stay whole. Stops at the first that cannot be removed.
     """
+    where = {} if backend is None else {"backend": backend}
     lines = Report(as_json=False, quiet=report.quiet or report.as_json)
     done: list[Mapping[str, Any]] = []
     with instance.connect() as client:
         try:
             for name in names:
                 if dry_run:
-                    volume = _unused(client.call("volume-info", name=name), "remove")
+                    volume = _to_be_removed(client, name, backend)
                     done.append({"name": name, "kind": volume["kind"], "size": volume["size"], "dry_run": True})
                     lines.done(f"would remove {name}, a {volume['kind']} of {format_size(volume['size'])}", done[-1])
                 else:
-                    done.append(client.call("volume-remove", name=name))
+                    done.append(client.call("volume-remove", name=name, **where))
                     lines.done(f"removed {name}", done[-1])
         except ArchipError as error:
             if not done or dry_run:
@@ -262,6 +264,16 @@ def volume_remove(instance: Instance, names: Sequence[str], dry_run: bool, repor
         finally:
             if report.as_json:
                 report.done("", done)
+
+
+def _to_be_removed(client: Client, name: str, backend: str | None) -> Mapping[str, Any]:
+    if backend is None:
+        return _unused(client.call("volume-info", name=name), "remove")
+    listed: Sequence[Mapping[str, Any]] = client.call("volume-list", backend=backend)
+    found = next((each for each in listed if each["name"] == name), None)
+    if found is None:
+        raise NotFound(f"no volume in backend {backend} is called {name}; see `archip volume-list`")
+    return found
 
 
 def _writable(volume: Mapping[str, Any]) -> Mapping[str, Any]:

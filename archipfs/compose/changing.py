@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import structlog
 
 from archipfs.compose.copy import copy_range
+from archipfs.compose.recovery import Recovery
 from archipfs.compose.volume import OpenVolume
-from archipfs.compose.volumes import Found, Volumes
+from archipfs.compose.volumes import Found
 from archipfs.errors import AlreadyExists, Busy, Conflict, InvalidInput, NotFound, ReadOnlyVolume, StoreFull
 from archipfs.map.mapper import Mapper
 from archipfs.map.names import check_name
-from archipfs.map.records import Kind, VolumeRecord
+from archipfs.map.records import Hold, Kind, VolumeRecord
 from archipfs.types import NAME_BYTES_MAX, RequestId, VolumeId
 
 log = structlog.get_logger()
@@ -26,7 +27,7 @@ class RolledBack:
     record: VolumeRecord
 
 
-class Changing(Volumes):
+class Changing(Recovery):
     def copy_range(
         self, source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int, length: int
     ) -> int:
@@ -131,6 +132,24 @@ class Changing(Volumes):
             if not found.mapper.blocker.relieve():
                 raise
             self._remove(found, even_if_open=even_if_open)
+
+    def remove_in(self, backend: str, name: str) -> None:
+        """Remove what has that name in that backend, also a replica, or what lies behind another one of its name."""
+        mapper = self.mapper(backend)
+        found = mapper.find(name)
+        if found is None:
+            raise NotFound(f"no volume in backend {backend} is called {name}; see `archip volume-list`")
+        leads_to = self._find_or_none(name)
+        if leads_to is not None and leads_to.mapper is mapper:
+            self.remove(name, only=found.record.id)
+            return
+        opened = self._table.volumes.get(found.record.id)
+        if opened is not None and opened.mapper is mapper:
+            raise Busy(f"{name} in backend {backend} is open; close it before you remove it")
+        self._refuse_held(Found(mapper, found.record), "remove")
+        if found.record.writable:
+            mapper.locks.take(found.record.id, Hold.IO, called=name)
+        self._purge_removed(mapper, mapper.remove(found.record.id))
 
     def _remove(self, found: Found, *, even_if_open: bool) -> None:
         with self._locked(found) if even_if_open else self._alone(found, "remove") as opened:

@@ -15,7 +15,18 @@ from archipfs.types import LayerId
 
 UNFINISHED = ".new"
 """What the engine adds to the name of a live bitmap while it makes it."""
+BITMAP_HEADER_BYTES = 4096
+"""Where the pages of a bitmap object begin."""
 BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+
+
+def is_blank(blocker: Blocker, layer: LayerId) -> bool:
+    """Whether nothing that is durable was written or discarded in the layer: its bitmap has no pages."""
+    bitmap = blocker.open_data(bitmap_key(layer), writable=False)
+    try:
+        return bitmap.next_data(BITMAP_HEADER_BYTES) is None
+    finally:
+        bitmap.close()
 
 
 class LiveBitmaps:

@@ -9,6 +9,7 @@
 docs/architecture.md, "Replicas and moves", has what a crash leaves.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from archipfs.compose.replicas import Copier, Replicas
 from archipfs.compose.sealing import Progress
 from archipfs.compose.volume import OpenVolume
 from archipfs.compose.volumes import Found
-from archipfs.errors import InvalidInput, NotFound, StoreError
+from archipfs.errors import Fenced, InvalidInput, NotFound, StoreError
 from archipfs.map.records import LockRecord, Replica, VolumeRecord
-from archipfs.types import VOLUME_BYTES_MAX, VolumeId
+from archipfs.types import VOLUME_BYTES_MAX
 
 log = structlog.get_logger()
 
@@ -60,12 +61,13 @@ class Moving(Replicas, Recovery):
             raise NotFound(f"{name} lies in backend {found.mapper.backend}, not in {origin}")
         if found.record.size:
             other.check_fits(found.record.size)
-        with self.copier(source, other, progress, [found.record]) as copier:
-            if found.record.writable:
-                record = self._move_volume(found, copier)
-            else:
-                record = self._move_snapshot(found, copier)
-        self._reclaim_wanted = True
+        try:
+            with self._copier(source, other) as copier:
+                copier.expect([found.record], self._heeding_the_end(progress))
+                move = self._move_volume if found.record.writable else self._move_snapshot
+                record = move(found, copier)
+        finally:
+            self._reclaim_wanted = True  # of what was copied on the way, and of what an error has left
         log.info("moved", volume=name, origin=origin, target=target, added=copier.added_bytes)
         return Moved(record, copier.added_bytes)
 
@@ -74,7 +76,7 @@ class Moving(Replicas, Recovery):
         with self._alone(found, "move"):
             content = self.content(copier.origin, found.record.id)
             self.put_replica(copier, content, _arriving(copier, content.record))
-            original = self._leave(copier, found.record.id)
+            original = self._leave(copier, content.record)
         self._settle(copier, original)
         return copier.target.catalog.volume(original.id).record
 
@@ -85,7 +87,9 @@ class Moving(Replicas, Recovery):
             if self.stored_bytes(Found(copier.origin, now)) <= PAUSE_BYTES:
                 break
         with self._owning(found) as opened, self._locked_there(opened, copier) as lease:
+            paused = time.monotonic()
             original = self._cross(opened, copier, lease)
+            log.info("crossed", volume=opened.name, pause_ms=round((time.monotonic() - paused) * 1e3, 1))
             self._settle(copier, original)
             opened.record = copier.target.catalog.volume(opened.id).record
             return opened.record
@@ -117,7 +121,7 @@ class Moving(Replicas, Recovery):
             with copier.target.new_layer(layer.id, present.size) as new_head:
                 record = self.put_arriving(copier, new_head.id, _arriving(copier, present))
                 home = self._home(copier.target)
-                return opened.go_over(home, lease, record, lambda: self._leave(copier, opened.id))
+                return opened.go_over(home, lease, record, lambda: self._leave(copier, present))
 
     def _settle(self, copier: Copier, original: VolumeRecord) -> None:
         """Step 5, in that order: until the replica is none, the original's record must say where it went. What cannot
@@ -125,13 +129,15 @@ class Moving(Replicas, Recovery):
         if self._arrived(copier.origin, original):
             self._purge_removed(copier.origin, original)
 
-    def _leave(self, copier: Copier, volume: VolumeId) -> VolumeRecord:
+    def _leave(self, copier: Copier, volume: VolumeRecord) -> VolumeRecord:
         """Step 3. A store that failed at it is asked whether it happened all the same."""
         origin, store = copier.origin, copier.target.store.id
         try:
-            return origin.remove(volume, moved_to=store)
+            return origin.leave(volume.id, volume.layer, store)
+        except Fenced:
+            raise
         except StoreError:
-            now = origin.catalog.volume(volume).record
+            now = origin.catalog.volume(volume.id).record
             if now.moved_to != store:
                 raise
             return now

@@ -1,7 +1,9 @@
 """What a crash left, what removed volumes have left, and the end of a process."""
 
 import functools
+import math
 import threading
+import time
 from collections.abc import Mapping
 
 import msgspec
@@ -21,7 +23,7 @@ from archipfs.errors import (
     StoreError,
     StoreFull,
 )
-from archipfs.map.mapper import Mapper
+from archipfs.map.mapper import READERS_GRACE_NS, Mapper
 from archipfs.map.records import Hold, LayerRecord, VolumeRecord
 from archipfs.types import LayerId
 from archipfs.units import format_size
@@ -39,6 +41,8 @@ class Recovery(Volumes):
     ) -> None:
         super().__init__(mappers, live, sealed, default_backend)
         self._reclaim_mutex = threading.Lock()
+        self._reclaim_at = math.inf
+        """When there is more to be deleted, on the monotonic clock."""
 
     def recover(self) -> None:
         """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to.
@@ -144,6 +148,8 @@ class Recovery(Volumes):
                 try:
                     with self.using(found) as opened:
                         log.info("recovered", volume=record.name, size=opened.size)
+                except NotFound:
+                    continue  # removed since the volumes were listed
                 except ArchipError as error:
                     log.error("not recovered", volume=record.name, error=str(error))
 
@@ -159,11 +165,11 @@ class Recovery(Volumes):
                     opened.control.release()
 
     def reclaim(self) -> None:
-        """Delete the layers that removed volumes have left; does nothing when none was removed."""
+        """Delete the layers that removed volumes have left; does nothing when none was removed, or is to be by now."""
         with self._reclaim_mutex:
-            if not self._reclaim_wanted:
+            if not self._reclaim_wanted and time.monotonic() < self._reclaim_at:
                 return
-            self._reclaim_wanted = False
+            self._reclaim_wanted, self._reclaim_at = False, math.inf
             for mapper in self._mappers.values():
                 self._reclaim_wanted |= not self._reclaim(mapper)
 
@@ -177,6 +183,8 @@ class Recovery(Volumes):
         except StoreError as error:
             log.warning("nothing reclaimed, it is tried again", backend=mapper.backend, error=str(error))
             return False
+        if freed.waiting:
+            self._reclaim_at = min(self._reclaim_at, time.monotonic() + READERS_GRACE_NS / 1e9)
         if freed.layers:
             log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
         return True

@@ -14,6 +14,7 @@ import structlog
 
 from archipfs.compose.diff import Run, differing_in_maps
 from archipfs.compose.engine import EngineVolume
+from archipfs.compose.layers import is_blank
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.sealing import (
     Advance,
@@ -43,10 +44,10 @@ from archipfs.map.catalog import Versioned
 from archipfs.map.chunks import Session, Swept
 from archipfs.map.commit import commit_sealed
 from archipfs.map.mapper import Mapper
-from archipfs.map.records import LayerRecord, Replica, Sealed, VolumeRecord
+from archipfs.map.records import Hold, LayerRecord, Replica, Sealed, VolumeRecord
 from archipfs.map.replicate import copy_map
 from archipfs.map.seal import Reader, build_map
-from archipfs.types import VOLUME_BYTES_MAX, LayerId, VolumeId
+from archipfs.types import NAME_BYTES_MAX, VOLUME_BYTES_MAX, LayerId, VolumeId
 
 log = structlog.get_logger()
 
@@ -72,6 +73,7 @@ class Synced:
     copied: list[str] = field(default_factory=list)
     current: list[str] = field(default_factory=list)
     """Those that were the same already."""
+    removed: list[str] = field(default_factory=list)
     passed_over: list[tuple[str, str]] = field(default_factory=list)
     """And why."""
     added_bytes: int = 0
@@ -118,7 +120,9 @@ class Copier:
 
     def _kept_by_volumes(self) -> Iterator[tuple[LayerId, _Known]]:
         """By the origin's layers: the target's that are copies of them, or that they are copies of."""
-        layers = {found.record.id: found.record for _, found in self.target.catalog.list(LayerRecord)}
+        layers = {
+            found.record.id: found.record for _, found in self.target.catalog.list(LayerRecord, skip_damaged=True)
+        }
         copied_back = {
             found.record.original: found.record.id
             for _, found in self.origin.catalog.list(LayerRecord, skip_damaged=True)
@@ -134,20 +138,29 @@ class Copier:
                     if original is not None:
                         yield original, known
 
-    def lacking(self, volume: VolumeRecord) -> list[LayerRecord]:
-        """The layers of the chain of the origin's ``volume`` that the target has no copy of."""
-        try:
-            return [layer for layer in self.origin.catalog.chain(volume.layer) if layer.id not in self._known]
-        except ObjectMissing:
-            return []  # that is said when it is copied
-
-    def expect(self, layers: Iterable[LayerRecord], progress: Progress) -> None:
-        """These are to be copied; ``progress`` is told how far that is."""
+    def expect(self, volumes: Iterable[VolumeRecord], progress: Progress) -> None:
+        """What these hold is to be copied; ``progress`` is told how far that is."""
+        layers = {layer for volume in volumes for layer in self._lacking(volume)}
         self.about_bytes = sum(
             layer.sealed.added_bytes if layer.sealed is not None else stored_bytes(self.origin, layer.id)
             for layer in layers
         )
         self._advance = Advance(progress, self.about_bytes)
+
+    def _lacking(self, volume: VolumeRecord) -> list[LayerRecord]:
+        """The layers of its chain that the target has no copy of."""
+        try:
+            return [layer for layer in self.origin.catalog.chain(volume.layer) if layer.id not in self._known]
+        except ObjectMissing:
+            return []  # that is said when it is copied
+
+    def is_replica(self, volume: VolumeRecord) -> bool:
+        """Whether this volume in the target is one of the origin's."""
+        return volume.replica_of is not None and volume.replica_of.store == self.origin.store.id
+
+    def heed(self) -> None:
+        """Raise what ``progress`` raises: nobody waits any more."""
+        self._advance(0)
 
     def lies_on(self, head: LayerId, layer: LayerId) -> bool:
         """Whether the layer below ``head``, in the target, shows what the origin's ``layer`` does."""
@@ -185,6 +198,8 @@ class Copier:
 
     def _copy(self, source: LayerRecord, original: LayerId | None) -> LayerRecord:
         while True:
+            if source.sealed is None:
+                self._copy_base(source)
             with self._target_sealed.chunks.session() as session:
                 sealed, base = self._fill(source, session)
                 session.flush()
@@ -206,7 +221,6 @@ class Copier:
     def _fill(self, source: LayerRecord, session: Session) -> tuple[Sealed, LayerRecord | None]:
         """Store what ``source`` shows. Its map, and the base in the target that it was made on."""
         if source.sealed is None:
-            self._copy_base(source)
             with reading_chain(self.origin, self._origin_sealed, source.id) as (chain, engine):
                 near = next((record.id for record in chain if record.id in self._known), None)
                 base = self._known[near].record if near is not None else None
@@ -280,8 +294,12 @@ class _Between(ChainReader):
 
 
 class Replicas(Seals):
-    def sync(self, origin: str, target: str, *, progress: Progress, dry_run: bool = False) -> Synced:
+    def sync(
+        self, origin: str, target: str, *, progress: Progress, delete: bool = False, dry_run: bool = False
+    ) -> Synced:
         """Copy to one backend the volumes and snapshots of another that it lacks, or has as they were before.
+
+        ``delete``: remove from it the replicas of what the other one has no more.
 
         What cannot be copied is passed over, and said why. What was copied before an error or a crash stays, and is
         found by the next sync. With ``dry_run`` nothing is changed, and how much is added is a guess.
@@ -292,33 +310,29 @@ class Replicas(Seals):
         records = [each.record for each in source.volumes() if self._is_to_be_copied(source, other, each.record)]
         records.sort(key=lambda each: (each.writable, each.created_ns))  # so that most find what they are made from
         done = Synced()
-        with self.copier(source, other, progress, records) as copier:
-            for record in records:
-                try:
-                    changed = self._would_change(copier, record) if dry_run else self._replicate(copier, record)
-                except NotFound:
-                    continue  # removed meanwhile
-                except (Busy, StoreError, PassedOver, Conflict) as error:
-                    if isinstance(error, StoreFull | StoreUnavailable):
-                        raise
-                    done.passed_over.append((str(record.name), str(error)))
-                    log.warning("not copied", volume=record.name, origin=origin, target=target, error=str(error))
-                else:
-                    (done.copied if changed else done.current).append(str(record.name))
-            done.added_bytes = copier.about_bytes if dry_run else copier.added_bytes
-        self._reclaim_wanted = True
+        try:
+            with self._copier(source, other) as copier:
+                if delete:
+                    self._remove_orphans(copier, done, dry_run=dry_run)
+                lacking = []
+                for record in records:
+                    with _passing_over(done, record):
+                        if self._is_same(copier, record):
+                            done.current.append(str(record.name))
+                        else:
+                            lacking.append(record)
+                copier.expect(lacking, self._heeding_the_end(progress))
+                for record in lacking:
+                    with _passing_over(done, record):
+                        changed = dry_run or self._replicate(copier, record)
+                        (done.copied if changed else done.current).append(str(record.name))
+                done.added_bytes = copier.about_bytes if dry_run else copier.added_bytes
+        finally:
+            self._reclaim_wanted = True  # of heads that replicas have left, and of what an error has
         return done
 
-    @contextmanager
-    def copier(
-        self, origin: Mapper, target: Mapper, progress: Progress, records: Iterable[VolumeRecord]
-    ) -> Iterator[Copier]:
-        """To copy the layers of ``records`` within the block."""
-        with Copier(origin, self.sealed_store(origin), target, self.sealed_store(target)) as copier:
-            copier.expect(
-                {layer for record in records for layer in copier.lacking(record)}, self._heeding_the_end(progress)
-            )
-            yield copier
+    def _copier(self, origin: Mapper, target: Mapper) -> Copier:
+        return Copier(origin, self.sealed_store(origin), target, self.sealed_store(target))
 
     def _is_to_be_copied(self, origin: Mapper, target: Mapper, record: VolumeRecord) -> bool:
         """Not what is a replica itself: unless of a volume that the target had, and has no more."""
@@ -349,9 +363,8 @@ class Replicas(Seals):
 
     def _replicate(self, copier: Copier, record: VolumeRecord) -> bool:
         """Whether there was anything to do. Raises ``PassedOver``, and what copying raises."""
-        if self._is_same(copier, record):
-            return False
         for _ in range(ATTEMPTS_MAX):
+            copier.heed()
             content = self.content(copier.origin, record.id)
             try:
                 return self.put_replica(copier, content, self._as_replica(copier, content.record)) is not None
@@ -377,21 +390,20 @@ class Replicas(Seals):
             return True
         if self.is_open(record.id) or copier.origin.locks.holder(record.id) is not None:
             return False
-        head = copier.origin.catalog.layer(record.layer).record
-        return head.parent is not None and copier.lies_on(found.record.layer, head.parent)
-
-    def _would_change(self, copier: Copier, record: VolumeRecord) -> bool:
-        return not self._is_same(copier, record)
+        below = copier.origin.catalog.layer(record.layer).record.parent
+        if below is None or not copier.lies_on(found.record.layer, below):
+            return False
+        return is_blank(copier.origin.blocker, record.layer)  # else an owner died who did not write down when he wrote
 
     def _present(self, copier: Copier, record: VolumeRecord) -> Versioned[VolumeRecord] | None:
         """The replica, if there is one. Raises ``PassedOver`` for a volume that is none."""
         found = copier.target.catalog.get(VolumeRecord, record.id)
         if found is None:
             return None
-        replica_of, backend = found.record.replica_of, copier.target.backend
+        backend = copier.target.backend
         if found.record.name is None:
             raise PassedOver(f"{record.name} is just being removed from backend {backend}; try again")
-        if replica_of is None or replica_of.store != copier.origin.store.id:
+        if not copier.is_replica(found.record):
             raise PassedOver(
                 f"{record.name} is a volume of its own in backend {backend}, since it was opened there; "
                 "remove it from one of the two"
@@ -417,7 +429,7 @@ class Replicas(Seals):
         if record == msgspec.structs.replace(wanted, layer=record.layer):
             return None if record is found.record else record
         if record.name != wanted.name:
-            with _in_the_way(copier, wanted):
+            with self._making_way(copier, wanted):
                 copier.target.rename(record.id, str(wanted.name), replace=None)
 
         def edit(present: VolumeRecord) -> VolumeRecord:
@@ -431,7 +443,7 @@ class Replicas(Seals):
         """Have the replica be as ``wanted``, with that head. Raises as ``put_replica`` does."""
         found = self._present(copier, wanted)
         if found is not None and found.record.name != wanted.name:
-            with _in_the_way(copier, wanted):
+            with self._making_way(copier, wanted):
                 copier.target.rename(wanted.id, str(wanted.name), replace=None)
             found = self._present(copier, wanted)
         if found is None:
@@ -442,7 +454,7 @@ class Replicas(Seals):
     def _publish(self, copier: Copier, content: Content, wanted: VolumeRecord) -> VolumeRecord:
         layer, target = copier.layer(content.layer), copier.target
         with ExitStack() as stack:
-            with _in_the_way(copier, wanted):
+            with self._making_way(copier, wanted):
                 reservation = stack.enter_context(target.reserve(str(wanted.name), wanted.id))
             top = layer.id
             if wanted.writable:
@@ -455,16 +467,58 @@ class Replicas(Seals):
                 raise
         return made.record
 
+    @contextmanager
+    def _making_way(self, copier: Copier, wanted: VolumeRecord) -> Iterator[None]:
+        """Within the block, ``wanted`` gets its name in the target.
+
+        A replica that has it, since its original was called so before, is called otherwise first. Raises ``PassedOver``
+        if somebody else has it.
+        """
+        target, name = copier.target, str(wanted.name)
+        other = target.find(name)
+        if other is not None and other.record.id != wanted.id and copier.is_replica(other.record):
+            target.rename(other.record.id, _aside(name, other.record.id), replace=None)
+        try:
+            yield
+        except AlreadyExists as error:
+            raise PassedOver(
+                f"backend {target.backend} has another volume called {name}; rename one of the two"
+            ) from error
+
+    def _remove_orphans(self, copier: Copier, done: Synced, *, dry_run: bool) -> None:
+        """Remove the replicas of what the origin has no more."""
+        originals = {found.record.id for found in copier.origin.volumes()}
+        for found in list(copier.target.volumes()):
+            record = found.record
+            if record.id in originals or not copier.is_replica(record):
+                continue
+            with _passing_over(done, record):
+                if not dry_run:
+                    if record.writable:
+                        copier.target.locks.take(record.id, Hold.IO, called=str(record.name))
+                    copier.target.purge(copier.target.remove(record.id))
+                done.removed.append(str(record.name))
+
     def _expect_kept(self, copier: Copier, content: Content, record: VolumeRecord) -> None:
         if not copier.still_kept(content.layer, record):
             raise Conflict(f"what {record.name} was made on in backend {copier.target.backend} has just been removed")
 
 
+def _aside(name: str, volume: VolumeId) -> str:
+    """What a replica is called whose name another one has now: as much of that as there is room for."""
+    suffix = f"@replaced-{volume[:8]}"
+    return name.encode()[: NAME_BYTES_MAX - len(suffix)].decode(errors="ignore") + suffix
+
+
 @contextmanager
-def _in_the_way(copier: Copier, wanted: VolumeRecord) -> Iterator[None]:
+def _passing_over(done: Synced, record: VolumeRecord) -> Iterator[None]:
+    """Let what keeps this volume from being copied not keep others from it."""
     try:
         yield
-    except AlreadyExists as error:
-        raise PassedOver(
-            f"backend {copier.target.backend} has another volume called {wanted.name}; rename one of the two"
-        ) from error
+    except NotFound:
+        return  # removed meanwhile
+    except (StoreFull, StoreUnavailable):
+        raise
+    except (Busy, StoreError, PassedOver, Conflict) as error:
+        done.passed_over.append((str(record.name), str(error)))
+        log.warning("not copied", volume=record.name, error=str(error))

@@ -29,7 +29,7 @@ from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import OpenVolume
 from archipfs.compose.volumes import Volumes
-from archipfs.errors import ArchipError, Fenced, ShutOut, StoreError
+from archipfs.errors import ArchipError, Busy, Fenced, ShutOut, StoreError
 from archipfs.map.locks import Locks
 from archipfs.map.mapper import Mapper
 from archipfs.map.records import LockRecord
@@ -69,6 +69,8 @@ class Returning(Volumes):
         super().__init__(mappers, live, sealed, default_backend)
         self._outside = {name: _Outside() for name in mappers}
         self._watching_stores = False
+        self._returning = threading.Lock()
+        """One at a time. Before everything else."""
 
     def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
         self._outside[mapper.backend] = _Outside()
@@ -91,8 +93,12 @@ class Returning(Volumes):
 
         What fails is logged, and tried again at the next call.
         """
+        with self._returning:
+            return self._return_to_stores()
+
+    def _return_to_stores(self) -> list[VolumeId]:
         lost: list[VolumeId] = []
-        for mapper in self._mappers.values():
+        for mapper in list(self._mappers.values()):
             if mapper.blocker.shuts_out:
                 outside = self._outside[mapper.backend]
                 outside.watcher = threading.get_ident()
@@ -107,12 +113,26 @@ class Returning(Volumes):
     def _look_after(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
         """What is lost before an error is in ``lost`` all the same."""
         self._notice(mapper)
-        if mapper.blocker.is_shut_out:
-            self._come_back(mapper, outside, lost)
+        gone = self._come_back(mapper, outside, lost) if mapper.blocker.is_shut_out else []
+        try:
+            gone += self._claim_anew(mapper, outside, lost)
+        finally:
+            # Only now: whoever reads for a lost volume may have waited until we are back, and whoever copies from it
+            # until the other volume is claimed anew.
+            self._see_out(gone)
+
+    def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
+        """Claim what is ours by the client that was adopted. Returns those that are lost after all."""
+        broken = []
         for volume, lease in list(outside.unclaimed.items()):
-            if not mapper.locks.claim_again(lease):
-                self._see_out(self._cast_out(mapper, outside, [volume], lost))
+            try:
+                still_ours = mapper.locks.claim_anew(lease)
+            except Busy:
+                continue  # it is just being closed or opened; at the next call we see
+            if not still_ours:
+                broken.append(volume)
             del outside.unclaimed[volume]
+        return self._cast_out(mapper, outside, broken, lost)
 
     def _notice(self, mapper: Mapper) -> None:
         """Ask the store for something if we have anything to lose: who reads from his page cache asks nothing."""
@@ -123,7 +143,8 @@ class Returning(Volumes):
             except ShutOut:
                 log.warning("shut out", backend=mapper.backend)
 
-    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
+    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
+        """Returns those that were cast out."""
         started = time.monotonic()
         successor = mapper.blocker.reconnect()
         try:
@@ -140,10 +161,9 @@ class Returning(Volumes):
         with outside.changed:
             outside.hurried = False
             outside.changed.notify_all()
-        # Only now: those who read for a lost volume may have been waiting until we are back.
-        self._see_out(gone)
         seconds = round(time.monotonic() - started, 3)
         log.warning("back in the store", backend=mapper.backend, kept=len(kept), of=len(leases), seconds=seconds)
+        return gone
 
     def _cast_out(
         self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]
@@ -153,8 +173,10 @@ class Returning(Volumes):
         opened_all = []
         for volume in volumes:
             lost.append(volume)
-            log.error("fenced", volume=volume, error="another node broke the lock; close it and open it again")
             opened = self._table.volumes.get(volume)
+            record = opened.present_record() if opened is not None else None
+            called = (record.name if record is not None else None) or volume
+            log.error("fenced", volume=called, error="another node broke the lock; close it and open it again")
             if opened is None or opened.mapper is not mapper:  # or one that is about to be moved there
                 mapper.locks.give_up(volume)
             else:
@@ -194,6 +216,6 @@ class Returning(Volumes):
 
     def _is_for_lost(self) -> bool:
         """Whether this thread is at work with a volume that we have lost."""
-        with self._table.changed:
-            opened_all = list(self._table.volumes.values())
+        # Without the table's lock: its holder may be waiting outside like us.
+        opened_all = list(self._table.volumes.values())
         return any(opened.fenced and opened.control.is_held_here for opened in opened_all)

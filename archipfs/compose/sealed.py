@@ -58,17 +58,13 @@ _PackName = tuple[bool, PackId]
 
 
 class Shared:
-    """What all backends of a node have in common for reading sealed layers; made when the first of them needs it.
+    """What all backends of a node have in common for reading sealed layers; made when the first of them needs it."""
 
-    Object cache and pack cache share ``objects_bytes_max``: each has a half, but as long as there never was a pack
-    cache, all of it is the object cache's. If that is open when the first pack is cached, it keeps what it has until
-    the process ends.
-    """
-
-    def __init__(self, state_dir: Path, *, table_bytes_max: int, objects_bytes_max: int) -> None:
+    def __init__(self, state_dir: Path, *, table_bytes_max: int, objects_bytes_max: int, packs_bytes_max: int) -> None:
         self.directory = state_dir / "cache"
         self._table_bytes_max = table_bytes_max
         self._objects_bytes_max = objects_bytes_max
+        self._packs_bytes_max = packs_bytes_max
         self._mutex = threading.Lock()
         self._stores: set[str] = set()
         self._table: ExtentTable | None = None
@@ -91,20 +87,14 @@ class Shared:
     def objects(self) -> ObjectCache:
         with self._mutex:
             if self._objects is None:
-                shares = self._packs is not None or self._packs_directory.exists()
-                bytes_max = self._objects_bytes_max // 2 if shares else self._objects_bytes_max
-                self._objects = ObjectCache(self.directory / "objects", bytes_max)
+                self._objects = ObjectCache(self.directory / "objects", self._objects_bytes_max)
             return self._objects
-
-    @property
-    def _packs_directory(self) -> Path:
-        return self.directory / "packs"
 
     @property
     def packs(self) -> PackCache:
         with self._mutex:
             if self._packs is None:
-                self._packs = PackCache(self._packs_directory, self._objects_bytes_max // 2, self._stores)
+                self._packs = PackCache(self.directory / "packs", self._packs_bytes_max, self._stores)
             return self._packs
 
     def pack_statistics(self) -> CacheStatistics | None:
@@ -166,6 +156,10 @@ class SealedStore:
         assert record.sealed is not None
         resolver = _Resolver(self, Digest(bytes.fromhex(record.sealed.root)))
         return EngineLayer.sealed(record.id, self._shared.table, resolver)
+
+    def pack_cache(self) -> CacheStatistics | None:
+        """Of the node's pack cache, if there is one yet."""
+        return self._shared.pack_statistics()
 
     def forget(self, packs: Iterable[PackId]) -> None:
         """Packs were deleted, or damaged ones were mended: find everything anew."""

@@ -21,7 +21,7 @@ from archipfs.compose.sealing import (
     unheeded,
 )
 from archipfs.compose.volumes import Found
-from archipfs.errors import ArchipError, ObjectMissing
+from archipfs.errors import ArchipError, Fenced, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.reclaim import delete_objects
 from archipfs.map.records import LayerRecord, Sealed, VolumeRecord
@@ -140,7 +140,7 @@ class Seals(Making):
         def heed(done: int, total: int) -> None:
             progress(done, total)
             if self._seals_end:
-                raise ArchipError("sealing was cut short, since the daemon ends; seal again to go on with it")
+                raise ArchipError("cut short, since the daemon ends; begin it again, and it goes on")
 
         return heed
 
@@ -164,7 +164,8 @@ class Seals(Making):
         return record.sealed
 
     def _go_over(self, mapper: Mapper, sealed: LayerRecord) -> None:
-        """Have all that is open here read the sealed layer, then delete the objects that it was before.
+        """Have all that is open here read the sealed layer, then delete the objects that it was before. Where others
+        could not go on reading them, that is left to ``reclaim``.
 
         A volume that is just being opened has its ``control`` held until it is; whoever opens it later finds the layer
         sealed, or objects missing, and looks again.
@@ -184,4 +185,20 @@ class Seals(Making):
         if failed is not None:
             raise failed
         self._live[mapper.backend].forget(sealed.id)
-        delete_objects(mapper.blocker, sealed.id)
+        if mapper.blocker.keeps_deleted:
+            delete_objects(mapper.blocker, sealed.id)
+
+    def go_over_to_seals(self) -> None:
+        """To be called every ``LOOK_SECONDS``: have open volumes read what other nodes have sealed, before the objects
+        go that it was before."""
+        for opened in self.open_volumes():
+            if opened.mapper.blocker.keeps_deleted or not opened.control.acquire(blocking=False):
+                continue  # whoever is at work with it comes to its layers' records himself
+            try:
+                opened.go_over_to_seal()
+            except Fenced:
+                continue  # it reads no more
+            except ArchipError as error:
+                log.error("not looked for seals, it is tried again", volume=opened.id, error=str(error))
+            finally:
+                opened.control.release()

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from archipfs.compose.control import Control
 from archipfs.compose.engine import EngineLayer, EngineVolume
 from archipfs.compose.layers import LiveBitmaps, open_durable_chain, open_live_chain, open_live_layer
+from archipfs.compose.reader import FreshReader
 from archipfs.compose.sealed import SealedStore
 from archipfs.errors import (
     ArchipError,
@@ -33,6 +34,10 @@ from archipfs.map.records import Hold, Kind, LayerRecord, LockRecord, VolumeReco
 from archipfs.types import VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId
 
 STORE_RETRY_SECONDS = 1.0
+SHUT_OUT_TRIES = 8
+"""How many times in turn we may be shut out during one read or write."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,11 @@ class OpenVolume:
         """At which the lock's record was seen to be as we left it."""
         self._replica: VolumeRecord | None = None
         """As it was when it was opened, if it was a replica."""
+        self._base: LayerId | None = None
+        """The sealed layer at the bottom of the engine's chain, as far as we had it go over to one."""
+        self._fresh = FreshReader(lambda: self._durable_engine(self.mapper.catalog.volume(self.id).record))
+        self._found_missing: Sequence[object] = ()
+        """What a mere reader went by when an object was missing."""
         self._guard_mutex = threading.Lock()
         self._fenced = False
         self._may_be_cut = True
@@ -150,6 +160,8 @@ class OpenVolume:
             try:
                 # Only now is the record ours alone to change.
                 before = self.mapper.catalog.volume(self.id).record
+                if before.moved_to is not None:
+                    raise NotFound(f"the volume {self.id} has been moved to another backend; open it again")
                 if before.replica_of is not None:
                     # Before anything is read: whoever copies to it does so only as long as it is a replica.
                     self.mapper.change(self.id, _of_its_own)
@@ -321,12 +333,50 @@ class OpenVolume:
         """As ``read``, but ``None`` where that would have to wait."""
         if self._engine is None or self._fenced:
             return None
-        return self._engine.read_nowait(offset, length)
+        try:
+            return self._engine.read_nowait(offset, length)
+        except (ObjectMissing, ShutOut):
+            return None
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes, fewer only at the end. A volume that another node writes is read as flushed there."""
-        with self.reading() as engine:
-            return engine.read(offset, length)
+
+        def read() -> bytes:
+            with self.reading() as engine:
+                return engine.read(offset, length)
+
+        while True:
+            try:
+                return self._once_inside(read)
+            except ObjectMissing:
+                if not self._is_read_otherwise():
+                    raise
+
+    def _once_inside(self, action: Callable[[], T]) -> T:
+        """Do it; again, if the store has shut us out, once we are back. What was opened under a claim waits by itself,
+        packs do not."""
+        for _ in range(SHUT_OUT_TRIES):
+            try:
+                return action()
+            except ShutOut:
+                if self._fenced:
+                    raise
+                self.mapper.locks.get(self.id)  # waits as long as any call may
+        return action()
+
+    def _is_read_otherwise(self) -> bool:
+        """After an object was found to be missing: whether that is because others have sealed or changed the volume,
+        and it is to be read once more."""
+        if self._engine is not None:
+            return self.go_over_to_seal()
+        # It was opened for this read, by records that are old by now: then another opening finds others.
+        known, self._found_missing = self._found_missing, self._read_by()
+        return known != self._found_missing
+
+    def _read_by(self) -> Sequence[object]:
+        """What says which objects it is read from."""
+        record = self.mapper.catalog.volume(self.id).record
+        return [record.layer, *((layer.id, layer.sealed) for layer in self.mapper.catalog.chain(record.layer))]
 
     @contextmanager
     def reading(self) -> Iterator[EngineVolume]:
@@ -336,11 +386,8 @@ class OpenVolume:
         if self._engine is not None:
             yield self._engine
             return
-        engine = self._durable_engine(self.mapper.catalog.volume(self.id).record)
-        try:
+        with self._fresh.engine() as engine:
             yield engine
-        finally:
-            engine.close(clean=False)
 
     @contextmanager
     def reading_frozen(self) -> Iterator[EngineVolume]:
@@ -372,7 +419,7 @@ class OpenVolume:
             return self.freeze()
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
-        return self.engine.write(offset, data)
+        return self._once_inside(lambda: self.engine.write(offset, data))
 
     def discard(self, offset: int, length: int) -> None:
         self.engine.discard(offset, length)
@@ -566,6 +613,7 @@ class OpenVolume:
         layers = home.mapper.catalog.with_chain(record.layer, open_chain)
         try:
             try:
+                self._verify(engine, self._owned_lease())
                 committed = commit()
             except ArchipError:
                 if not self._changed_after_all(engine, moved_to=home.mapper.store.id):
@@ -577,6 +625,7 @@ class OpenVolume:
             def follow() -> None:
                 engine.replace(layers, record.size)
                 self._verify(engine, lease)
+                self._renew_guard()
 
             self._follow(engine, follow)
             return committed
@@ -595,19 +644,32 @@ class OpenVolume:
         with self._paused() as engine:
             return engine.size == 0 or engine.head_is_clear(0, engine.size)
 
-    def rebase(self, sealed: LayerRecord) -> None:
+    def go_over_to_seal(self) -> bool:
+        """Read what has been sealed of the volume's layers since they were opened, by whichever node; whether there was
+        any."""
+        with self.control:
+            if self._engine is None or self._fenced:
+                return False
+            base = self.mapper.catalog.chain(self.record.layer)[-1]
+            if base.sealed is None or base.id == self._base:
+                return False
+            return self.rebase(base)
+
+    def rebase(self, sealed: LayerRecord) -> bool:
         """Read the layer as it is sealed now, if this volume has it open; nobody waits for that."""
         with self.control:
             engine = self._engine
             if engine is None or self._fenced:
-                return
+                return False
             layer = self._home.sealed.open_layer(sealed)
             try:
                 engine.rebase(sealed.id, layer)
             except ObjectMissing:
-                return  # it does not have that layer
+                return False  # it does not have that layer
             finally:
                 layer.close()
+            self._base = sealed.id
+            return True
 
     def verify_lease(self) -> None:
         """Fence ourselves, and raise ``Fenced``, if the lock was broken. Does nothing where the store sees to it."""
@@ -742,7 +804,7 @@ def _of_its_own(record: VolumeRecord) -> VolumeRecord:
 
 def _with_head(record: VolumeRecord, head: LayerId, **fields: object) -> VolumeRecord:
     """The record with other fields. Raises ``Fenced`` if its head is not ``head``."""
-    if record.layer != head:
+    if record.layer != head or record.moved_to is not None:
         raise Fenced(f"{record.name} was changed by another node after our lock was broken; we write no more")
     return msgspec.structs.replace(record, **fields)
 

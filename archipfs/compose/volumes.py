@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from archipfs.blockers.contract import Space
+from archipfs.compose.engine import CacheStatistics
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import EngineUser, Home, OpenVolume
@@ -20,6 +21,8 @@ from archipfs.map.names import check_name
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
 from archipfs.types import SECTOR_BYTES, RequestId, VolumeId
 
+MOVES_MAX = 5
+"""How many times in turn a volume may turn out to be in another backend while it is opened."""
 CLOSING_SECONDS = 2.0
 """How long an operation on an unused volume waits for its last user, who may be closing it just now."""
 
@@ -82,9 +85,10 @@ class Volumes:
         """Use it no more; returns what ``add_backend`` takes. Raises ``Busy`` if a volume of it is open."""
         mapper = self.mapper(name)
         with self._table.changed:
-            for volume, opened in self._table.volumes.items():
+            for opened in self._table.volumes.values():
                 if opened.mapper is mapper:
-                    raise Busy(f"{mapper.catalog.volume(volume).record.name} in backend {name} is open; close it first")
+                    called = opened.name if opened.started else "a volume"
+                    raise Busy(f"{called} in backend {name} is open; close it first")
             if any(mapper.catalog.get(VolumeRecord, volume) for volume in self._table.awaited):
                 raise Busy(f"a volume in backend {name} is open; close it first")
             self._mappers = {other: each for other, each in self._mappers.items() if other != name}
@@ -106,6 +110,10 @@ class Volumes:
     def sealed_store(self, mapper: Mapper) -> SealedStore:
         """Where the chunks and maps of its sealed layers are."""
         return self._sealed[mapper.backend]
+
+    def pack_cache(self) -> CacheStatistics | None:
+        """What the node's pack cache has and did, if there is one yet: all backends share it."""
+        return next((sealed.pack_cache() for sealed in self._sealed.values()), None)
 
     def find(self, name: str) -> Found:
         """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name.
@@ -191,7 +199,9 @@ class Volumes:
         """All that lie in one backend, in no order, also those that no name leads to from here."""
         mapper = self.mapper(backend)
         for found in mapper.volumes():
-            yield Found(mapper, found.record if self.is_hidden(mapper, found.record) else self._as_open(found.record))
+            opened = self._table.volumes.get(found.record.id)
+            is_it = opened is not None and opened.mapper is mapper
+            yield Found(mapper, self._as_open(found.record) if is_it else found.record)
 
     def open_volumes(self) -> list[OpenVolume]:
         with self._table.changed:
@@ -242,15 +252,21 @@ class Volumes:
 
     def open(self, found: Found) -> OpenVolume:
         """Use the volume until ``release``. A volume that another node has the lock of is opened for reading."""
-        opened = self._join(found)
-        try:
-            with opened.control:
-                if not opened.started:
-                    opened.start()
-        except BaseException:
+        for _ in range(MOVES_MAX):
+            opened = self._join(found)
+            try:
+                with opened.control:
+                    if opened.mapper is found.mapper:
+                        if not opened.started:
+                            opened.start()
+                        return opened
+            except BaseException:
+                self.release(opened)
+                raise
+            # It has just been moved, or is the other one with its id, in a backend that comes later, being recovered.
             self.release(opened)
-            raise
-        return opened
+            found = self.find_by_id(found.record.id)
+        raise Busy(f"{found.record.name} is being moved from one backend to another; try again")
 
     def await_reopening(self, volumes: Iterable[VolumeId]) -> None:
         """Before anything else is done with them: somebody has these open since the time of an earlier process.

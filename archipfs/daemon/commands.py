@@ -143,9 +143,13 @@ def volume_rollback(node: Node, sent: Sent, name: str, snapshot: str) -> Answer:
     return {"name": name, "snapshot": snapshot, "kept": done.kept.name, "size": done.record.size}
 
 
-def volume_remove(node: Node, sent: Sent, name: str) -> Answer:
+def volume_remove(node: Node, sent: Sent, name: str, backend: str | None = None) -> Answer:
+    """With ``backend`` what has that name there, whether names lead to it from here or not."""
     try:
-        node.composer.remove(name)
+        if backend is None:
+            node.composer.remove(name)
+        else:
+            node.composer.remove_in(backend, name)
     except NotFound:
         if not sent.again:
             raise
@@ -282,15 +286,22 @@ def _refuse_volumes(backend: str, volumes: Sequence[Versioned[VolumeRecord]]) ->
 
 
 def backend_sync(
-    node: Node, sent: Sent, origin: str, target: str, dry_run: bool = False, rate: int | None = None
+    node: Node,
+    sent: Sent,
+    origin: str,
+    target: str,
+    delete: bool = False,
+    dry_run: bool = False,
+    rate: int | None = None,
 ) -> Answer:
     """Copy to ``target`` what it lacks of ``origin``, ``rate`` bytes a second at most."""
-    done = node.composer.sync(origin, target, dry_run=dry_run, progress=_slowly(sent.progress, rate))
+    done = node.composer.sync(origin, target, delete=delete, dry_run=dry_run, progress=_slowly(sent.progress, rate))
     return {
         "origin": origin,
         "target": target,
         "copied": done.copied,
         "current": done.current,
+        "removed": done.removed,
         "passed_over": [{"name": name, "why": why} for name, why in done.passed_over],
         "added": done.added_bytes,
         "dry_run": dry_run,

@@ -217,6 +217,7 @@ def open_node(config: Config, *, recover: bool = True, all_backends: bool = True
             composer.recover()
         upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
         yield Node(config, identity, composer, dict, lambda volume: None, upkeep, stores)
+        composer.return_to_stores()
         composer.close_all()
         composer.reclaim()
 
@@ -226,7 +227,10 @@ class _Stores:
 
     def __init__(self, config: Config) -> None:
         self._shared = Shared(
-            config.state_dir, table_bytes_max=config.cache.extents, objects_bytes_max=config.cache.objects
+            config.state_dir,
+            table_bytes_max=config.cache.extents,
+            objects_bytes_max=config.cache.objects,
+            packs_bytes_max=config.cache.packs,
         )
         self._blockers, self._sealed = ExitStack(), ExitStack()
 

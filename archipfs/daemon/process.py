@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from archipfs.endpoints.fuse.inodes import inode_of
 from archipfs.endpoints.fuse.mount import Kept, Mount
 from archipfs.endpoints.fuse.session import Session
 from archipfs.errors import FAILED_EXIT_CODE, StoreUnavailable
+from archipfs.map.mapper import LOOK_SECONDS
 from archipfs.types import VolumeId
 
 log = structlog.get_logger()
@@ -140,6 +141,7 @@ class _Life:
                     "open_volumes": sorted(volume.name for volume in node.composer.open_volumes()),
                     "uptime": time.monotonic() - started,
                     "pause_ms": self.pause_ms,
+                    "pack_cache": asdict(cache) if (cache := node.composer.pack_cache()) is not None else None,
                 }
 
             token = trio.lowlevel.current_trio_token()
@@ -169,6 +171,7 @@ class _Life:
             await self._is_ready(listener.socket.fileno())
             nursery.start_soon(_reclaim_space, node, self.went_on)
             nursery.start_soon(_watch_locks, node, mount)
+            nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
             nursery.start_soon(_look_for_away, node)
             if node.config.seal.background:
@@ -211,9 +214,12 @@ class _Life:
             if number == signal.SIGHUP and self._is_kept():
                 # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
                 with trio.CancelScope(shield=True):
-                    await self.mount.hand_over()
-                log.info("handed over", pid=os.getpid())
-                os._exit(HANDED_OVER_EXIT_CODE)
+                    async with trio.open_nursery() as watch:
+                        # What waits until we are back in a store is to be answered too.
+                        watch.start_soon(_return_to_stores, self.node)
+                        await self.mount.hand_over()
+                        log.info("handed over", pid=os.getpid())
+                        os._exit(HANDED_OVER_EXIT_CODE)
             log.info("stopping", signal=signal.Signals(number).name)
             await self.mount.stop()
 
@@ -248,6 +254,17 @@ async def _reclaim_space(node: Node, recover: bool) -> None:
     while True:
         await trio.sleep(HOUSEKEEPING_SECONDS)
         await run(node.composer.reclaim)
+
+
+async def _go_over_to_seals(node: Node) -> None:
+    """Every now and then have open volumes read what other nodes have sealed."""
+    threads = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        try:
+            await trio.to_thread.run_sync(node.composer.go_over_to_seals, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="go over to seals")
 
 
 async def _end_seals(node: Node) -> None:
@@ -305,6 +322,16 @@ async def _watch_locks(node: Node, mount: Mount) -> None:
                 await mount.operations.invalidate(inode_of(volume))
         except Exception:
             log.exception("bug", chore="watch locks")
+
+
+async def _return_to_stores(node: Node) -> None:
+    """As ``_watch_locks``, but leaves what is lost to the next daemon, which finds that out when it opens it."""
+    while True:
+        try:
+            await trio.to_thread.run_sync(node.composer.return_to_stores)
+        except Exception:
+            log.exception("bug", chore="return to stores")
+        await trio.sleep(HOUSEKEEPING_SECONDS)
 
 
 def _allow_many_files() -> None:

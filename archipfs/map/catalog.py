@@ -12,7 +12,7 @@ behind is a name record that nobody agrees with: it resolves to nothing and may 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -125,8 +125,12 @@ class Catalog:
                     following = chain[-1].reads_parent
                 return use(chain)
             except ObjectMissing:
-                if not any(self._sealed_since(record) for record in chain):
+                if not self.sealed_since(chain):
                     raise
+
+    def sealed_since(self, chain: Iterable[LayerRecord]) -> bool:
+        """Whether a layer has been sealed since these records were read."""
+        return any(self._sealed_since(record) for record in chain)
 
     def _sealed_since(self, record: LayerRecord) -> bool:
         now = self.get(LayerRecord, record.id) if record.sealed is None else None

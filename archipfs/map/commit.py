@@ -54,7 +54,8 @@ def commit_sealed(
             raise
         # What it was merged with is not read any more and may go; the lineage goes on at the base.
         parent = base.id if base is not None else layer.parent
-        done = msgspec.structs.replace(intent, sealing=None, sealed=sealed, parent=parent)
+        since = msgspec.structs.replace(sealed, since_ns=time.time_ns())
+        done = msgspec.structs.replace(intent, sealing=None, sealed=since, parent=parent)
         with suppress(Conflict):
             return catalog.put(done, layer.id, shown.version).record
         # Two who seal the same, each as fast as the other, would take each other's token away for ever.

@@ -22,11 +22,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from archipfs.blockers.contract import Blocker, VersionPaths
-from archipfs.errors import ArchipError, Conflict, Fenced, InvalidInput, LockHeld
+from archipfs.errors import ArchipError, Busy, Conflict, Fenced, InvalidInput, LockHeld
 from archipfs.map.catalog import Catalog, Versioned
 from archipfs.map.records import KIND_NAMES, Hold, LockRecord
 from archipfs.types import VolumeId
@@ -50,6 +51,11 @@ def is_same(record: LockRecord, lease: LockRecord) -> bool:
     return (record.node, record.generation) == (lease.node, lease.generation)
 
 
+def _owner(lease: LockRecord) -> str:
+    """As whom we claim."""
+    return f"{lease.node}/{lease.generation}"
+
+
 class Locks:
     """The locks of one backend, as seen by one node. Thread-safe."""
 
@@ -60,6 +66,8 @@ class Locks:
         self._mutex = threading.Lock()
         self._claimed: dict[VolumeId, LockRecord] = {}
         """What this process has claimed, or is about to."""
+        self._turns: WeakValueDictionary[VolumeId, threading.Lock] = WeakValueDictionary()
+        """Held by whoever claims a volume or gives its claim up, except where its lock was broken."""
 
     def get(self, volume: VolumeId) -> LockRecord | None:
         found = self._catalog.lock(volume)
@@ -251,21 +259,58 @@ class Locks:
         self._disclaim(lease.volume)
         return False
 
+    def claim_anew(self, lease: LockRecord) -> bool:
+        """Claim a volume by the client that came in the place of the one by which we had; false if its lock was broken.
+
+        Others close and open it meanwhile: what was given back stays so, and who has taken it anew keeps it. Raises
+        ``Busy`` if somebody is just at that.
+        """
+        is_current = self._is_current(lease)
+        turn = self._turn(lease.volume)
+        if not turn.acquire(blocking=False):
+            raise Busy(f"volume {lease.volume} is just being claimed or given back; try again")
+        try:
+            if not self._has_claimed(lease):
+                if lease.volume not in self.claimed():
+                    # The new client has claimed it for us before that.
+                    self._blocker.disclaim(lock_key(lease.volume))
+                return True
+            if is_current:
+                self._blocker.claim(lock_key(lease.volume), _owner(lease))
+        finally:
+            turn.release()
+        # Whoever gives the lock back has given its claim up before.
+        return (is_current and self._is_current(lease)) or not self._has_claimed(lease)
+
     def give_up(self, volume: VolumeId) -> None:
         """The lock was broken: calls under way on what was opened under it fail."""
-        self._disclaim(volume)
+        # Not in its turn: who has that may be waiting for us.
+        self._disclaim_now(volume)
 
     def _is_current(self, lease: LockRecord) -> bool:
         now = self.get(lease.volume)
         return now is not None and is_same(now, lease)
 
-    def _claim(self, lease: LockRecord) -> None:
-        # Noted first: if we are shut out in between, whoever looks after our claims must not miss this one.
+    def _has_claimed(self, lease: LockRecord) -> bool:
+        claimed = self.claimed().get(lease.volume)
+        return claimed is not None and is_same(claimed, lease)
+
+    def _turn(self, volume: VolumeId) -> threading.Lock:
         with self._mutex:
-            self._claimed[lease.volume] = lease
-        self._blocker.claim(lock_key(lease.volume), f"{lease.node}/{lease.generation}")
+            return self._turns.setdefault(volume, threading.Lock())
+
+    def _claim(self, lease: LockRecord) -> None:
+        with self._turn(lease.volume):
+            # Noted first: if we are shut out in between, whoever looks after our claims must not miss this one.
+            with self._mutex:
+                self._claimed[lease.volume] = lease
+            self._blocker.claim(lock_key(lease.volume), _owner(lease))
 
     def _disclaim(self, volume: VolumeId) -> None:
+        with self._turn(volume):
+            self._disclaim_now(volume)
+
+    def _disclaim_now(self, volume: VolumeId) -> None:
         self._blocker.disclaim(lock_key(volume))
         with self._mutex:
             self._claimed.pop(volume, None)

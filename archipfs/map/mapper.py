@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import msgspec
 
 from archipfs.blockers.contract import Blocker, DataObject
-from archipfs.errors import AlreadyExists, ArchipError, Conflict, InvalidInput, NotFound, ObjectMissing, TooLarge
+from archipfs.errors import (
+    AlreadyExists,
+    ArchipError,
+    Conflict,
+    Fenced,
+    InvalidInput,
+    NotFound,
+    ObjectMissing,
+    TooLarge,
+)
 from archipfs.map.catalog import STORE_IDENT, Catalog, Versioned
 from archipfs.map.chunks import check_compression
 from archipfs.map.hashes import content_hash
@@ -26,6 +35,10 @@ from archipfs.map.records import Kind, LayerRecord, LockRecord, NameRecord, Stor
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX, LayerId, RequestId, VolumeId, new_layer_id, new_volume_id
 from archipfs.units import check_size, format_size
 
+LOOK_SECONDS = 10.0
+"""How often a node looks whether others have sealed layers that it reads, where what they delete then is gone."""
+READERS_GRACE_NS = 60 * 10**9
+"""How long what others may still read is kept there, after it was sealed or nothing led to it any more."""
 FOREIGN_GRACE_NS = 3600 * 10**9
 """How old a layer made by another node must be before we call it left behind."""
 
@@ -136,6 +149,8 @@ class Mapper:
         self._pending_since_reclaim: set[LayerId] = set()
         """Those, and all that were since the last ``reclaim`` began."""
         self._reserved: set[str] = set()
+        self._unused_since: dict[LayerId, int] = {}
+        """When ``reclaim`` first found that nothing leads to these."""
         found = self.catalog.store()
         if found is None:
             raise ObjectMissing(
@@ -470,16 +485,26 @@ class Mapper:
         if entry is not None and entry.record.volume == volume and entry.record.replaced is not None:
             self._displace(entry.record.replaced, name)
 
-    def remove(self, volume: VolumeId, *, moved_to: str | None = None) -> VolumeRecord:
-        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock.
+    def remove(self, volume: VolumeId) -> VolumeRecord:
+        """Take the volume's name away: nobody finds it any more. ``purge`` gives its space back. Hold its lock."""
+        return self._unname(volume, lambda record: msgspec.structs.replace(record, name=None))
 
-        ``moved_to``: the id of the store in which it lives on.
-        """
+    def leave(self, volume: VolumeId, layer: LayerId, store: str) -> VolumeRecord:
+        """As ``remove``, of a volume that lives on in another store, which has what ``layer`` holds. Raises ``Fenced``
+        if it has another layer by now."""
+
+        def gone(record: VolumeRecord) -> VolumeRecord:
+            if record.layer != layer:
+                raise Fenced(f"{record.name} was changed by another node after our lock was broken; it is not moved")
+            return msgspec.structs.replace(record, name=None, moved_to=store)
+
+        return self._unname(volume, gone)
+
+    def _unname(self, volume: VolumeId, edit: Callable[[VolumeRecord], VolumeRecord]) -> VolumeRecord:
         name = self.catalog.volume(volume).record.name
         if name is not None:
             self._finish_replacing(name, volume)
-        fields = {"name": None} if moved_to is None else {"name": None, "moved_to": moved_to}
-        removed = self.change(volume, lambda record: msgspec.structs.replace(record, **fields)).record
+        removed = self.change(volume, edit).record
         if name is not None:
             self._drop_name(name, volume)
         return removed
@@ -528,7 +553,18 @@ class Mapper:
             with self._mutex:
                 # A layer may come to be named between our look at the volumes and our look at the layers.
                 self._pending_since_reclaim = set(self._pending)
-            return reclaim(self.catalog, self.blocker, in_use)
+            return reclaim(self.catalog, self.blocker, in_use, self._may_go)
+
+    def _may_go(self, layer: LayerRecord, unused: bool) -> bool:
+        """Whether nobody reads the layer's objects any more who has looked at records of late."""
+        if self.blocker.keeps_deleted:
+            return True
+        if not unused and layer.sealed is not None:
+            return time.time_ns() - layer.sealed.since_ns >= READERS_GRACE_NS
+        if time.monotonic_ns() - self._unused_since.setdefault(layer.id, time.monotonic_ns()) < READERS_GRACE_NS:
+            return False
+        del self._unused_since[layer.id]
+        return True
 
     def forget_stray_locks(self) -> None:
         """Remove the records of locks whose volumes are gone."""

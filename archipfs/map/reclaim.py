@@ -9,7 +9,7 @@ Where a record cannot be read, or one is missing that a volume needs, nobody kno
 deleted then.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,11 +25,21 @@ class Reclaimed:
     layers: int
     stored_bytes: int
     """What their data objects took in the store."""
+    waiting: int = 0
+    """How many layers are to be deleted later, or the objects that they were made of before they were sealed."""
 
 
-def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], bool]) -> Reclaimed:
+def reclaim(
+    catalog: Catalog,
+    blocker: Blocker,
+    in_use: Callable[[LayerRecord], bool],
+    may_go: Callable[[LayerRecord, bool], bool],
+) -> Reclaimed:
     """Delete every layer that no volume and no layer ``in_use`` leads to; children first, so that a crash in between
-    leaves no layer without its parent."""
+    leaves no layer without its parent.
+
+    ``may_go`` says of each whether it may be deleted now; for one that is still used, and sealed, its objects.
+    """
     volumes, layers = _collect(catalog)
     roots = {record.layer for record in volumes}
     roots |= {layer for layer, record in layers.items() if in_use(record)}
@@ -37,18 +47,37 @@ def reclaim(catalog: Catalog, blocker: Blocker, in_use: Callable[[LayerRecord], 
     garbage = {layer: record for layer, record in layers.items() if layer not in used}
     if garbage:
         refuse_gaps(catalog, volumes, layers)
-    stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in children_first(garbage))
-    stored_bytes += _delete_sealed_objects(blocker, layers)
-    return Reclaimed(len(garbage), stored_bytes)
+    going = _those_that_may_go(children_first(garbage), may_go)
+    stored_bytes = sum(delete_layer(catalog, blocker, record.id) for record in going)
+    left = _sealed_objects(blocker, layers, garbage)
+    leaving = [record for record in left if may_go(record, False)]
+    stored_bytes += sum(delete_objects(blocker, record.id) for record in leaving)
+    return Reclaimed(len(going), stored_bytes, len(garbage) - len(going) + len(left) - len(leaving))
 
 
-def _delete_sealed_objects(blocker: Blocker, layers: Mapping[LayerId, LayerRecord]) -> int:
-    """Delete what layers were made of before they were sealed: nobody reads that any more, and a crash left it."""
-    sealed = {layer for layer, record in layers.items() if record.sealed is not None}
+def _those_that_may_go(
+    garbage: Sequence[LayerRecord], may_go: Callable[[LayerRecord, bool], bool]
+) -> list[LayerRecord]:
+    """Of layers, children first: not the parent of one that stays."""
+    going = []
+    needed: set[LayerId | None] = set()
+    for record in garbage:
+        if may_go(record, True) and record.id not in needed:
+            going.append(record)
+        else:
+            needed.add(record.reads_parent)
+    return going
+
+
+def _sealed_objects(
+    blocker: Blocker, layers: Mapping[LayerId, LayerRecord], garbage: Mapping[LayerId, LayerRecord]
+) -> list[LayerRecord]:
+    """The layers that are sealed and have objects from before; nobody who looks now reads those."""
+    sealed = {layer for layer, record in layers.items() if record.sealed is not None and layer not in garbage}
     if not sealed:
-        return 0
+        return []
     present = {LayerId(key.partition("/")[2]) for kind in ("layer", "bitmap") for key in blocker.list_data(kind)}
-    return sum(delete_objects(blocker, layer) for layer in sealed & present)
+    return [layers[layer] for layer in sealed & present]
 
 
 def _collect(catalog: Catalog) -> tuple[list[VolumeRecord], dict[LayerId, LayerRecord]]:
@@ -110,11 +139,10 @@ def delete_objects(blocker: Blocker, layer: LayerId) -> int:
     """Delete a layer's data object and bitmap, as far as they are there. Returns bytes freed."""
     stored_bytes = 0
     for key in (f"bitmap/{layer}", f"layer/{layer}"):
-        try:
+        with suppress(ObjectMissing):
             data = blocker.open_data(key, writable=False)
-        except ObjectMissing:
-            continue  # an earlier attempt got this far
-        stored_bytes += data.allocated()
-        data.close()
+            stored_bytes += data.allocated()
+            data.close()
+        # Also what cannot be opened: an attempt that was cut short may have left a part of it.
         blocker.delete_data(key)
     return stored_bytes

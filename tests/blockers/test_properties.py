@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.blockers import file as file_module
@@ -28,6 +28,7 @@ from archipfs.blockers.file import FileBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.errors import Conflict
 from archipfs.types import SECTOR_BYTES
+from tests.lib.searching import searching
 
 SIZE_MAX = 6 * SECTOR_BYTES
 
@@ -95,7 +96,7 @@ def check_data(data: DataObject, model: bytearray) -> None:
 
 @pytest.mark.parametrize("driver", ["file", "memory", "fault"])
 @given(changes)
-@settings(max_examples=30, deadline=None)
+@searching(30)
 def test_data_objects_are_byte_arrays(driver: str, todo: list[tuple[str, int, int, int]]) -> None:
     with opened(driver) as blocker:
         data = blocker.create_data("layer/a")
@@ -109,7 +110,7 @@ def test_data_objects_are_byte_arrays(driver: str, todo: list[tuple[str, int, in
 
 
 @given(changes, changes, st.integers(0, 1 << 30))
-@settings(max_examples=80, deadline=None)
+@searching(80)
 def test_power_loss_leaves_each_sector_old_or_new(
     before: list[tuple[str, int, int, int]], since: list[tuple[str, int, int, int]], seed: int
 ) -> None:
@@ -151,7 +152,7 @@ record_steps = st.lists(
 
 @pytest.mark.parametrize("driver", ["file", "memory", "fault"])
 @given(record_steps)
-@settings(max_examples=30, deadline=None)
+@searching(30)
 def test_records_are_a_dictionary(driver: str, todo: list[tuple[str, str, str | int | None, bytes]]) -> None:
     with opened(driver) as blocker:
         model: dict[str, tuple[bytes, int]] = {}

@@ -22,11 +22,12 @@ from archipfs.blockers.rados.claims import LOCK
 from archipfs.blockers.rados.connection import Connection
 from archipfs.blockers.rados.omap import Condition, Is, change, read, scan
 from archipfs.blockers.rados.settings import Settings
-from archipfs.errors import ShutOut, StoreError, StoreUnavailable, TooLarge
+from archipfs.errors import NotSupported, ShutOut, StoreError, StoreFull, StoreUnavailable, TooLarge
 from tests.blockers.claims import ClaimConformance
 from tests.blockers.conformance import Conformance, Store, check_churn, churn, run_threads
 from tests.blockers.fake_omap import FakeOmap
 from tests.lib.ceph import POOL, Cluster
+from tests.lib.waiting import wait_until
 
 pytestmark = pytest.mark.ceph
 
@@ -129,9 +130,19 @@ def test_a_user_of_one_namespace_has_all_that_a_store_needs(
         with pytest.raises(ShutOut):
             there.exists("pack/a")
         assert here.get("pack/a") == b"x"
-        assert here.space().total_bytes > 0
+        wait_until(lambda: here.space().total_bytes > 0, "the cluster has counted")
     with pytest.raises(StoreError, match="EPERM"):
         RadosBlocker.from_options(**{**options, "namespace": "another"})
+
+
+def test_an_erasure_coded_pool(ceph_cluster: Cluster, ceph_backend: Options) -> None:
+    pool = "coded"
+    ceph_cluster.ceph("osd", "pool", "create", pool, "1", "1", "erasure")
+    try:
+        with pytest.raises(NotSupported, match="pool coded is erasure-coded"):
+            RadosBlocker.create(**{**ceph_backend, "pool": pool})
+    finally:
+        ceph_cluster.ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
 
 
 def test_closing(ceph_backend: Options) -> None:
@@ -152,6 +163,7 @@ def test_describe_names_all_that_tells_stores_apart(ceph_cluster: Cluster, block
 
 
 def test_space_is_that_of_the_pool(blocker: RadosBlocker) -> None:
+    wait_until(lambda: blocker.space().total_bytes > 0, "the cluster has counted")
     space = blocker.space()
     assert 1 << 28 < space.available_bytes <= space.total_bytes
 
@@ -286,6 +298,52 @@ def test_an_object_that_is_too_large_to_be_written_at_once(blocker: RadosBlocker
     with pytest.raises(TooLarge, match="osd_max_write_size"):
         blocker.put("pack/a", bytes(91 << 20))
     assert list(blocker.list("pack")) == []
+
+
+# A full pool
+
+
+@pytest.fixture
+def small_pool(ceph_cluster: Cluster) -> Iterator[Options]:
+    """A store in a pool that is full after 100 kB, some seconds later."""
+    pool = "small"
+    ceph_cluster.ceph("osd", "pool", "create", pool, "1")
+    try:
+        ceph_cluster.ceph("osd", "pool", "set-quota", pool, "max_bytes", "100000")
+        keyring = str(ceph_cluster.directory / "keyring.admin")
+        yield {**ceph_cluster.options(), "pool": pool, "user": "admin", "keyring": keyring}
+    finally:
+        ceph_cluster.ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
+
+
+def test_from_a_full_pool_everything_can_be_removed(ceph_cluster: Cluster, small_pool: Options) -> None:
+    with closing(RadosBlocker.from_options(**small_pool)) as blocker:
+        data = blocker.create_data("layer/a")
+        version = blocker.put_record("volume/a", b"x", None)
+        numbers = iter(range(1000))
+
+        def is_full() -> bool:
+            try:
+                blocker.put(f"pack/{next(numbers)}", bytes(20_000))
+            except StoreFull:
+                return True
+            return False
+
+        wait_until(is_full, "the pool is full", 30)
+        for call in (lambda: data.pwrite(0, b"x"), lambda: blocker.create_data("layer/b")):
+            with pytest.raises(StoreFull):
+                call()
+        blocker.claim("lock/a", "here/1")
+        blocker.put_record("condemned/a", b"x", None)
+        version = blocker.put_record("volume/a", b"removed", version)
+        space = blocker.space()
+        assert (space.available_bytes, space.total_bytes > 0) == (0, True)
+        for key in list(blocker.list("pack")):
+            blocker.delete(key)
+        blocker.delete_data("layer/a")
+        blocker.delete_record("volume/a", version)
+        blocker.disclaim("lock/a")
+        assert not list(blocker.list("pack"))
 
 
 # Claims

@@ -1,20 +1,32 @@
 """Parts of the ``rados`` driver that need no cluster: options, the binding, what a lock's holders look like."""
 
+import errno
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from archipfs.blockers.rados import blocker as blocker_module
+from archipfs.blockers.rados import claims as claims_module
+from archipfs.blockers.rados import connection as connection_module
+from archipfs.blockers.rados import data as data_module
 from archipfs.blockers.rados.binding import load_rados
+from archipfs.blockers.rados.blocker import RadosBlocker
+from archipfs.blockers.rados.claims import Claims
 from archipfs.blockers.rados.connection import plain_address
+from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.in_flight import at_once
 from archipfs.blockers.rados.lock_class import Locker, LockInfo, get_info
 from archipfs.blockers.rados.omap import shard, shards
+from archipfs.blockers.rados.records import Records
 from archipfs.blockers.rados.settings import Settings
 from archipfs.blockers.registry import open_blocker
-from archipfs.errors import InvalidConfig, ObjectDamaged, StoreUnavailable
+from archipfs.errors import InvalidConfig, ObjectDamaged, ShutOut, StoreUnavailable
 
 ANSWER = bytes.fromhex(
     "01015700000001000000"
@@ -170,3 +182,151 @@ def test_what_was_sent_is_waited_for_when_another_cannot_be() -> None:
     with pytest.raises(OSError, match="no more"):
         at_once(sends)
     assert len(finished) == 2
+
+
+# Clients
+
+
+class Native:
+    """In place of the native client."""
+
+    def __init__(self, kept: bool = False) -> None:
+        self.kept = kept
+        self.is_shut_out = False
+        self.waited = 0
+
+    def addresses(self) -> list[str]:
+        return ["10.0.0.1:0/2"]
+
+    def disclaim(self, key: str) -> bool:
+        return self.kept
+
+    def adopt(self, successor: object) -> None:
+        return
+
+    def wait_for_latest_map(self) -> None:
+        self.waited += 1
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_native_lock_whose_end_was_not_answered_goes_with_the_claim(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever claims next would shut this process out; unless it is kept for just that."""
+    ours: Any = SimpleNamespace(address="10.0.0.1:0/1")
+    native: Any = Native(kept)
+    claims = Claims(ours, native)
+    lockers = tuple(Locker(number, "n/1", f"10.0.0.1:0/{number}") for number in (1, 2))
+    done: list[str] = []
+    monkeypatch.setattr(claims, "_read", lambda _: claims_module._Claimed(LockInfo(lockers, "n/1"), 7))
+    monkeypatch.setattr(claims, "_remove", lambda *_: done.append("object removed"))
+    monkeypatch.setattr(claims, "_give_up", lambda *_: done.append("own lock given up"))
+    claims.disclaim("lock/a")
+    assert done == (["own lock given up"] if kept else ["object removed"])
+
+
+class Binding:
+    """In place of python3-rados: a cluster that has nothing."""
+
+    class Error(Exception):
+        errno = errno.EIO
+
+    class ObjectNotFound(Error):
+        errno = errno.ENOENT
+
+    def __init__(self) -> None:
+        self.waited = 0
+
+    def Rados(self, **_: object) -> Any:  # noqa: N802 - as the binding calls it
+        return self
+
+    def get_fsid(self) -> str:
+        return "fsid"
+
+    def get_addrs(self) -> str:
+        return "v2:10.0.0.1:0/1"
+
+    def open_ioctx(self, pool: str) -> Any:
+        return SimpleNamespace(
+            set_namespace=lambda _: None, set_osdmap_full_try=lambda: None, close=lambda: None, name=pool
+        )
+
+    def connect(self) -> None:
+        return
+
+    def shutdown(self) -> None:
+        return
+
+    def pool_lookup(self, pool: str) -> int:
+        return 1
+
+    def wait_for_latest_osdmap(self) -> None:
+        self.waited += 1
+
+
+@pytest.fixture
+def binding(monkeypatch: pytest.MonkeyPatch) -> Binding:
+    binding = Binding()
+    monkeypatch.setattr(connection_module, "load_rados", lambda: binding)
+    monkeypatch.setattr(blocker_module, "NativeClient", lambda _: Native())
+    monkeypatch.setattr(Records, "get", lambda *_: None)
+    return binding
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    conf = tmp_path / "ceph.conf"
+    conf.touch()
+    return Settings("p", str(conf))
+
+
+def test_who_is_late_for_a_connection_that_was_replaced_is_shut_out_by_it(binding: Binding, settings: Settings) -> None:
+    """And not told that the store is closed: it comes again by the next one."""
+    blocker = RadosBlocker(settings)
+    former = blocker._client.connection
+    successor = blocker.reconnect()
+    blocker.adopt(successor)
+    successor.close()
+    with pytest.raises(ShutOut), former.call("looking"):
+        pytest.fail("a connection that is closed was used")
+    with blocker._client.connection.call("looking"):
+        assert not blocker.is_shut_out
+    blocker.close()
+
+
+def test_who_comes_back_knows_the_newest_map(binding: Binding, settings: Settings) -> None:
+    """Else it could write to an OSD that does not know yet that the former client was shut out."""
+    blocker = RadosBlocker(settings)
+    before = binding.waited
+    successor = blocker.reconnect()
+    native: Any = successor._native
+    assert (binding.waited - before, native.waited) == (1, 1)
+    successor.close()
+    blocker.close()
+
+
+def test_a_native_client_that_is_closed_outlives_the_calls_that_use_it(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    inside, end, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def delete(client: object, key: bytes) -> int:
+        inside.set()
+        end.wait(20)
+        return -errno.EIO if closed.is_set() else 0
+
+    calls = {"ra_client_open": lambda *_: 0, "ra_data_delete": delete, "ra_client_close": lambda _: closed.set()}
+    monkeypatch.setattr(data_module, "lib", SimpleNamespace(**calls))
+    client = NativeClient(settings)
+    deletion = threading.Thread(target=client.delete, args=("layer/a",))
+    deletion.start()
+    assert inside.wait(20)
+    client.close()
+    was_closed = closed.is_set()
+    end.set()
+    deletion.join()
+    assert not was_closed
+    assert closed.is_set()

@@ -149,6 +149,11 @@ def test_status_of_a_mount(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         "uptime          1:02:03",
     ]
     assert cli("status", "-Hp", "-o", "daemon_pid,uptime").out == "17\t3723\n"
+    assert cli("status", "-H", "-o", "pack_cache").out == "-\n"
+    mount["pack_cache"] = {"bytes": 3 << 30, "files": 900, "fetched_bytes": 5 << 30, "hits": 12345, "evictions": 4}
+    assert cli("status", "-H", "-o", "pack_cache").out == (
+        "3 GiB in 900 files; 5 GiB fetched; 12345 hits; 4 evictions\n"
+    )
     assert cli("status", "--format", "json").json == [mount]
 
 

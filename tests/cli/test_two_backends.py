@@ -66,12 +66,33 @@ def test_sync_falls_back(cli: Cli, fast: str, root: Path) -> None:
     assert content(root, "vm1", 8192) == b"a" * 8192
 
 
+def test_sync_deletes_what_is_gone(cli: Cli, fast: str) -> None:
+    sync = ["backend-sync", "--origin", "default", "--target", fast]
+    cli(*sync)
+    cli("volume-remove", "vm1@monday")
+    assert cli(*sync).out == "fast lacks nothing of default\n"
+    assert cli(*sync, "--delete", "--dry-run").out == "would remove 1 volume or snapshot from fast\n"
+    assert cli(*sync, "--delete").out == "removed 1 volume or snapshot from fast\n"
+    assert cli("volume-list", "--backend", fast, "-H", "-o", "name").lines == ["vm1"]
+
+
+def test_replicas_are_removed_where_they_lie(cli: Cli, fast: str) -> None:
+    cli("backend-sync", "--origin", "default", "--target", fast)
+    would = cli("volume-remove", "vm1@monday", "--backend", fast, "--dry-run")
+    assert would.out == "would remove vm1@monday, a snapshot of 1 GiB\n"
+    assert cli("volume-remove", "vm1", "vm1@monday", "--backend", fast).code == 0
+    assert cli("volume-list", "--backend", fast, "-H").out == ""
+    assert where(cli) == ["vm1\tdefault", "vm1@monday\tdefault"]
+    cli("volume-remove", "vm1", "--backend", fast).failed(1, "no volume in backend fast is called vm1")
+    assert cli("backend-remove", fast).code == 0
+
+
 def test_sync_passes_over(cli: Cli, fast: str, root: Path, tmp_path: Path) -> None:
     other = ["--root", str(tmp_path / "other"), "backend-create", "only", "--driver", "file", "--path"]
     cli(*other, str(tmp_path / "fast"))
     cli("--root", str(tmp_path / "other"), "volume-create", "--name", "vm1", "--size", "1M")
     done = cli("backend-sync", "--origin", "default", "--target", fast)
-    assert (done.code, done.out) == (1, "copied 1 volume or snapshot from default to fast, stored 16 B\n")
+    assert (done.code, done.out) == (1, "copied 1 volume or snapshot from default to fast, 16 B of new data\n")
     assert done.err == ("archip: passed over vm1: backend fast has another volume called vm1; rename one of the two\n")
 
 

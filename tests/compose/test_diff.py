@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.compose.composer import Composer
@@ -27,6 +27,7 @@ from archipfs.errors import InvalidInput, ObjectMissing
 from archipfs.map.pages import Extent
 from archipfs.types import CHUNK_SECTORS_MAX, REGION_SECTORS, SECTOR_BYTES, Digest
 from tests.compose.world import World, content_of, fill, pattern
+from tests.lib.searching import searching
 
 TIB = 1 << 40
 
@@ -128,7 +129,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@searching(40)
 @given(st.lists(st.tuples(st.integers(0, 9), steps), max_size=14))
 def test_any_two_volumes_differ_where_their_bytes_do(program: list[tuple[int, tuple[object, ...]]]) -> None:
     with tempfile.TemporaryDirectory() as directory:

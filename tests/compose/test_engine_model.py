@@ -5,13 +5,14 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.engine import EngineLayer, EngineVolume, format_bitmap
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
+from tests.lib.searching import searching
 
 SIZE_MAX = 20 * SECTOR_BYTES
 LAYERS_MAX = 8
@@ -174,6 +175,4 @@ class EngineModel(RuleBasedStateMachine):
 
 
 TestEngineModel = EngineModel.TestCase
-TestEngineModel.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestEngineModel.settings = searching(150, stateful_step_count=40, suppress_health_check=list(HealthCheck))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -25,6 +25,7 @@ from archipfs.map.gc import Collector
 from archipfs.map.records import Kind
 from archipfs.types import SECTOR_BYTES
 from tests.compose.world import World
+from tests.lib.searching import is_long, searching
 
 SIZE_MAX = 64 * SECTOR_BYTES
 BIG = 1 << 40
@@ -545,19 +546,12 @@ class ComposerModel(RuleBasedStateMachine):
         self.blocker.disarm()
 
 
-LONG = settings.get_current_profile_name() == "long"
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volumes_module, "CLOSING_SECONDS", 0.0)
 
 
 TestComposerModel = ComposerModel.TestCase
-TestComposerModel.settings = settings(
-    settings.get_profile("long" if LONG else "default"),
-    max_examples=2000 if LONG else 100,
-    stateful_step_count=100 if LONG else 40,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+TestComposerModel.settings = searching(
+    100, stateful_step_count=100 if is_long() else 40, suppress_health_check=list(HealthCheck)
 )

@@ -6,11 +6,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.compose.object_cache import SLOT_BYTES, ObjectCache
 from archipfs.types import Digest
+from tests.lib.searching import searching
 
 CHUNK_BYTES = 3 * SLOT_BYTES + 4096
 
@@ -42,7 +43,7 @@ def store() -> Store:
     return Store()
 
 
-@settings(max_examples=60, deadline=None)
+@searching(60)
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, CHUNK_BYTES - 1), st.integers(1, CHUNK_BYTES)), max_size=30)
 )

@@ -8,36 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from archipfs.blockers.contract import DataObject
-from archipfs.blockers.memory import MemoryBlocker, MemoryDataObject
+from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineLayer, EngineVolume, ExtentTable, Region
 from archipfs.compose.pack_cache import PackCache
 from archipfs.compose.sealed import Shared
 from archipfs.errors import StoreError, StoreUnavailable
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
 from tests.compose.test_sealed import noise
 from tests.compose.world import World
+from tests.lib.searching import searching
 
 STORE = "1" * 32
 BLOCK_BYTES = 65536
 PACKS = 6
 PACK_SECTORS = 70
-
-
-class CountedObject(MemoryDataObject):
-    """A pack in memory, and where all reads of it are counted."""
-
-    def __init__(self, inner: MemoryDataObject, reads: list[tuple[int, int]]) -> None:
-        super().__init__(inner._content, inner._key, writable=False)
-        self._reads = reads
-
-    def pread(self, offset: int, length: int) -> bytes:
-        self._reads.append((offset, length))
-        return super().pread(offset, length)
 
 
 class CountingBlocker(MemoryBlocker):
@@ -49,11 +38,17 @@ class CountingBlocker(MemoryBlocker):
         self.fails = False
 
     def open(self, key: str) -> DataObject:
-        if self.fails:
-            raise StoreUnavailable("the cluster does not answer; try again")
-        inner = super().open(key)
-        assert isinstance(inner, MemoryDataObject)
-        return CountedObject(inner, self.reads)
+        opened = super().open(key)
+        pread = opened.pread
+
+        def counted(offset: int, length: int) -> bytes:
+            if self.fails:
+                raise StoreUnavailable("the cluster does not answer; try again")
+            self.reads.append((offset, length))
+            return pread(offset, length)
+
+        opened.pread = counted
+        return opened
 
     def fetched_bytes(self) -> int:
         return sum(length for _, length in self.reads)
@@ -150,7 +145,7 @@ def mishap(rig: Rig, what: str, number: int, offset: int, value: int) -> None:
         rig.restart()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@searching(60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(READ, READ, READ, MISHAP), max_size=40), st.sampled_from([0, 600_000, 64 << 20]))
 def test_reads_are_right_whatever_happens_to_the_files(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step], bytes_max: int
@@ -199,17 +194,13 @@ def test_a_place_that_cannot_be_written_costs_speed(tmp_path: Path) -> None:
     rig.cache.close()
 
 
-def test_what_the_store_raises_comes_through(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_store_raises_comes_through(rig: Rig) -> None:
     volume = rig.volume(0)
-
-    def fail(self: CountedObject, offset: int, length: int) -> bytes:
-        raise StoreUnavailable("the cluster does not answer; try again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CountedObject, "pread", fail)
-        with pytest.raises(StoreError) as raised:
-            volume.read(0, 1)
-        assert isinstance(raised.value.__cause__, StoreUnavailable)
+    rig.blocker.fails = True
+    with pytest.raises(StoreError) as raised:
+        volume.read(0, 1)
+    assert isinstance(raised.value.__cause__, StoreUnavailable)
+    rig.blocker.fails = False
     assert volume.read(0, 5) == rig.contents[0][:5]
     volume.close(clean=False)
 
@@ -238,7 +229,7 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
     maker.close_all()
 
     node = world.composer(host="two")
-    shared_of(node)._objects_bytes_max = 64 << 20
+    shared_of(node)._packs_bytes_max = 64 << 20
     reads_of(world).reads.clear()
     for number in range(100):
         node.clone("image", f"vm{number}")
@@ -253,7 +244,7 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
                 for offset in range(0, len(content), 1 << 20):
                     opened.read(offset, 1 << 20)
     assert len(content) <= reads_of(world).fetched_bytes() <= len(content) + (1 << 20)
-    statistics = shared_of(node).pack_statistics()
+    statistics = node.pack_cache()
     assert statistics is not None
     assert statistics.fetched_bytes == reads_of(world).fetched_bytes()
     assert statistics.ahead_bytes > 0
@@ -262,17 +253,3 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
 
 def shared_of(composer: Composer) -> Shared:
     return composer.sealed_store(composer.mapper())._shared
-
-
-def test_both_caches_share_what_they_may_take(tmp_path: Path) -> None:
-    def objects_size(shared: Shared) -> int:
-        shared.objects.read(Digest(bytes(32)), 0, 1, lambda: b"x")
-        size = (shared.directory / "objects").stat().st_size
-        shared.close()
-        return size
-
-    alone = Shared(tmp_path, table_bytes_max=0, objects_bytes_max=64 << 20)
-    assert objects_size(alone) > 64 << 20
-    (tmp_path / "cache" / "packs").mkdir()
-    shared = Shared(tmp_path, table_bytes_max=0, objects_bytes_max=64 << 20)
-    assert 32 << 20 < objects_size(shared) < 33 << 20

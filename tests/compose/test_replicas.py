@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
-from archipfs.compose.composer import Composer, Synced
+from archipfs.compose.composer import Composer, Found, Synced
 from archipfs.compose.sealing import unheeded
 from archipfs.errors import InvalidInput, NotFound, StoreError
 from archipfs.map.mapper import StoreOptions
@@ -150,6 +150,47 @@ def test_a_name_and_attributes_that_changed_come_along(world: TwoStores, compose
     assert see(world.composer(only="b")) == see(composer)
 
 
+def test_names_that_were_exchanged_are_exchanged(world: TwoStores, composer: Composer) -> None:
+    family(composer)
+    sync(composer)
+    for name, new_name in (("vm@1", "other"), ("vm@2", "vm@1"), ("other", "vm@2")):
+        composer.rename(name, new_name)
+    assert sorted(sync(composer).copied) == ["vm@1", "vm@2"]
+    assert see(world.composer(only="b")) == see(composer)
+
+
+def test_a_new_snapshot_with_the_name_of_one_that_is_gone(world: TwoStores, composer: Composer) -> None:
+    """Neither keeps the other from being there."""
+    family(composer)
+    before = see(composer)
+    sync(composer)
+    composer.remove("vm@1")
+    composer.snapshot("vm", "vm@1")
+    assert sync(composer).passed_over == []
+    seen = see(world.composer(only="b"))
+    [aside] = seen.keys() - before.keys()
+    assert aside.startswith("vm@1@replaced-")
+    assert seen[aside] == before["vm@1"]
+    assert seen["vm@1"].content == before["vm"].content
+    removed = composer.sync("a", "b", progress=unheeded, delete=True).removed
+    assert removed == [aside]
+    assert see(world.composer(only="b")) == see(composer)
+
+
+def test_what_a_dead_node_flushed_is_copied(world: TwoStores, composer: Composer) -> None:
+    """It did not get to write down when it wrote, and its lock was broken: the records say nothing of it."""
+    family(composer)
+    sync(composer)
+    dead = world.composer(host="two")
+    opened = dead.open(dead.find("vm"))
+    opened.write(0, pattern(9))
+    opened.flush()
+    dead.abandon()
+    composer.unlock("vm", force=True)
+    assert sync(composer).copied == ["vm"]
+    assert see(world.composer(only="b"))["vm"].content[:SECTOR_BYTES] == pattern(9)
+
+
 def test_nothing_resolves_to_a_replica_beside_its_original(world: TwoStores, composer: Composer) -> None:
     family(composer)
     names = sorted(each.record.name or "" for each in composer.volumes())
@@ -220,6 +261,40 @@ def test_what_was_removed_comes_back_from_its_replica(world: TwoStores, composer
     assert see(composer) == before
     assert composer.find("vm").mapper.backend == "a"
     assert sync(composer).copied == []
+
+
+def test_a_replica_can_be_removed_while_its_original_is_in_use(world: TwoStores, composer: Composer) -> None:
+    family(composer)
+    before = see(composer)
+    sync(composer)
+    with composer.using(composer.find("vm")) as opened:
+        for name in before:
+            composer.remove_in("b", name)
+        assert opened.read(0, opened.size) == before["vm"].content
+    assert see(composer) == before
+    assert list(composer.volumes_in("b")) == []
+    with pytest.raises(NotFound, match="no volume in backend b is called vm"):
+        composer.remove_in("b", "vm")
+    composer.remove_in("a", "vm@1")
+    assert "vm@1" not in see(composer)
+
+
+def test_the_one_that_comes_first_is_used_where_two_are_of_their_own(world: TwoStores, composer: Composer) -> None:
+    """The origin was thought to be lost, and came back behind what had been its replica."""
+    family(composer)
+    sync(composer)
+    mapper, sealed = composer.drop_backend("a")
+    write(composer, "vm", (0, pattern(9)))
+    composer.add_backend(mapper, sealed)
+    assert composer.find("vm").mapper.backend == "b"
+    assert content_of(composer, "vm")[:SECTOR_BYTES] == pattern(9)
+    stale = Found(mapper, mapper.catalog.volume(composer.find("vm").record.id).record)
+    with composer.using(composer.find("vm")) as opened, composer.using(stale) as other:
+        assert other is opened
+        assert opened.mapper.backend == "b"
+    assert "of its own" in dict(sync(composer, "b", "a").passed_over)["vm"]
+    composer.remove_in("a", "vm")
+    assert "vm" in sync(composer, "b", "a").copied
 
 
 def test_a_damaged_volume_does_not_keep_others_from_being_copied(world: TwoStores, composer: Composer) -> None:
@@ -294,7 +369,7 @@ def make_small(composer: Composer) -> None:
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
-@pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
+@pytest.mark.parametrize("moment", [Moment.AFTER, Moment.TORN], ids=lambda moment: moment.value)
 @pytest.mark.parametrize("set_up", [first_sync, later_sync])
 def test_a_crash_leaves_each_replica_as_it_was_or_as_it_is_to_be(
     tmp_path: Path, set_up: Change, moment: Moment, side: str

@@ -15,11 +15,12 @@ from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker, MemoryStore
 from archipfs.blockers.retry import RetryBlocker
 from archipfs.compose.composer import Composer
+from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import ArchipError, Fenced, ShutOut
 from archipfs.map.check import Finding, Severity
 from archipfs.map.locks import lock_key
-from archipfs.types import SECTOR_BYTES
+from archipfs.types import SECTOR_BYTES, VolumeId
 from tests.compose.world import World, content_of, fill, pattern
 
 MIB = 1 << 20
@@ -249,6 +250,119 @@ def test_a_lock_that_is_broken_between_the_look_and_the_claim_is_not_claimed(
     assert isinstance(write.ended(), ArchipError)
     assert claims(nodes)
     assert content_of(nodes.two, "vm2")[:SECTOR_BYTES] == pattern(4)
+
+
+def test_a_volume_that_is_opened_anew_while_we_come_back_is_not_taken_for_a_lost_one(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    nodes.two.unlock("vm1", force=True)
+    adopt = MemoryBlocker.adopt
+    anew: list[OpenVolume] = []
+
+    def adopt_and_open_anew(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        nodes.one.release(vm2)
+        anew.append(nodes.open("vm2"))
+
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_open_anew)
+    assert nodes.one.watch_locks() == [vm1.id]
+    anew[0].write(0, pattern(3))
+    anew[0].flush()
+    assert not anew[0].fenced
+    assert claims(nodes, "vm2")
+
+
+def test_a_claim_that_is_made_anew_is_not_given_up_by_the_one_who_looks_after_the_old_one(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    nodes.two.unlock("vm1", force=True)
+    adopt, get = MemoryBlocker.adopt, MemoryBlocker.get_record
+    anew: list[OpenVolume] = []
+
+    def look_and_open_anew(self: MemoryBlocker, key: str) -> Any:
+        found = get(self, key)
+        if key == lock_key(vm2.id) and not self.is_shut_out:
+            monkeypatch.undo()
+            nodes.one.release(vm2)
+            anew.append(nodes.open("vm2"))
+        return found
+
+    def adopt_and_look(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        monkeypatch.setattr(MemoryBlocker, "get_record", look_and_open_anew)
+
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_look)
+    assert nodes.one.watch_locks() == [vm1.id]
+    anew[0].write(0, pattern(3))
+    anew[0].flush()
+    assert claims(nodes, "vm2")
+
+
+def test_a_volume_that_is_closed_while_we_come_back_is_claimed_no_more(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    adopt = MemoryBlocker.adopt
+
+    def close_and_adopt(self: MemoryBlocker, successor: Blocker) -> None:
+        nodes.one.mapper().locks.give_up(vm2.id)  # as far as closing comes before it has to wait
+        adopt(self, successor)
+
+    nodes.two.unlock("vm1", force=True)
+    monkeypatch.setattr(MemoryBlocker, "adopt", close_and_adopt)
+    assert nodes.one.watch_locks() == [vm1.id]
+    assert claims(nodes)
+    nodes.two.open(nodes.two.find("vm1"))
+    assert nodes.one.watch_locks() == []
+
+
+class Copier:
+    """An endpoint: whoever is in a call of an engine of it waits for a call on another volume, as a copy does."""
+
+    def __init__(self) -> None:
+        self.waits_for: Call | None = None
+
+    def engine_opened(self, volume: VolumeId, engine: EngineVolume, size_max: int) -> None:
+        return
+
+    def engine_closing(self, volume: VolumeId) -> None:
+        if self.waits_for is not None:
+            assert self.waits_for.ended() is None
+
+
+def test_what_waits_for_a_kept_volume_goes_on_before_the_lost_one_is_seen_out(nodes: Nodes) -> None:
+    copier = Copier()
+    nodes.one.add_engine_user(copier)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    nodes.two.unlock("vm1", force=True)
+    copier.waits_for = Call(lambda: vm2.write(0, pattern(3))).began()
+    assert copier.waits_for.waits()
+    assert nodes.one.watch_locks() == [vm1.id]
+    assert copier.waits_for.ended() is None
+
+
+def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
+    """To drop a backend is to ask the store within the table's lock."""
+    _, vm2 = nodes.make("vm1", "vm2")
+    nodes.two.unlock("vm1", force=True)
+    inside, others = threading.Event(), threading.Event()
+
+    def ask_inside() -> None:
+        with nodes.one._table.changed:
+            inside.set()
+            others.wait(SOON_SECONDS)
+            nodes.one.mapper().catalog.volume(vm2.id)
+
+    first = Call(ask_inside).began()
+    assert inside.wait(SOON_SECONDS)
+    second = Call(lambda: nodes.one.mapper().catalog.volume(vm2.id)).began()
+    assert second.waits()
+    others.set()
+    assert first.waits()
+    back = Call(nodes.one.return_to_stores).began()
+    assert [back.ended(), first.ended(), second.ended()] == [None] * 3
 
 
 def test_a_store_that_cannot_be_reached_is_tried_again(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

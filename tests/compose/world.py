@@ -158,7 +158,7 @@ class World:
         """With a cache of its own for each process, so that a process need not end before the next one begins; and what
         closes and removes that."""
         caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"  # made when it is needed
-        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20, packs_bytes_max=4 << 20)
         store = SealedStore(mapper, shared)
 
         def close() -> None:
@@ -216,7 +216,7 @@ class TwoStores:
             if only in (None, name)
         }
         caches = Path(tempfile.gettempdir()) / f"archipfs-test-{uuid.uuid4().hex}"
-        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20)
+        shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20, packs_bytes_max=4 << 20)
         sealed = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
         live = self.directory / (host if only is None else f"{host}-{only}")
         composer = Composer(mappers, LiveBitmaps(live), sealed, only or "a")

@@ -639,6 +639,22 @@ static void test_a_random_reader_is_not(void) {
     far_volume_close(&far);
 }
 
+/* It may be damaged, and lie elsewhere too; but a time limit has to pass once only. */
+static void test_what_cannot_be_fetched_is_tried_twice_unless_that_took_too_long(void) {
+    struct far_volume far;
+    far_volume_open(&far);
+    char bytes[4096];
+    far.rig.packs[0].fail_with = -EIO;
+    CHECK_EQUAL(ae_read(far.volume, bytes, sizeof bytes, 0), -EIO);
+    CHECK_EQUAL(far.rig.packs[0].reads, 2);
+    far.rig.packs[0].fail_with = -ETIMEDOUT;
+    CHECK_EQUAL(ae_read(far.volume, bytes, sizeof bytes, 0), -EIO);
+    CHECK_EQUAL(far.rig.packs[0].reads, 3);
+    far.rig.packs[0].fail_with = 0;
+    far_volume_check(&far, 0, sizeof bytes);
+    far_volume_close(&far);
+}
+
 static void test_what_is_queued_is_dropped_at_the_end(void) {
     struct far_volume far;
     far_volume_open(&far);
@@ -742,6 +758,7 @@ int main(void) {
         {"a directory that is deleted", test_a_directory_that_is_deleted_is_no_loss},
         {"fetching ahead", test_a_sequential_reader_is_fetched_ahead_for},
         {"not fetching ahead", test_a_random_reader_is_not},
+        {"what cannot be fetched", test_what_cannot_be_fetched_is_tried_twice_unless_that_took_too_long},
         {"dropping what is queued", test_what_is_queued_is_dropped_at_the_end},
         {"a crowd", test_a_crowd_reads_right_whatever_happens_to_the_files},
     };

@@ -7,6 +7,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "engine.h"
+#include "far.h"
 #include "message.h"
 #include "wire.h"
 
@@ -109,7 +110,7 @@ static int fake_sync(struct ae_volume *volume) {
     return atomic_load(&volume->sync_result);
 }
 
-static bool fake_waits(const struct ae_volume *volume) { return volume->waits; }
+static bool fake_waits(struct ae_volume *volume) { return volume->waits; }
 
 static const struct ae_calls engine = {
     .read = fake_read,
@@ -638,6 +639,12 @@ static void test_slow_requests_do_not_hold_up_fast_ones(void) {
     bench_stop(&bench);
 }
 
+static void *open_up(void *argument) {
+    usleep(50000);
+    set_closed(argument, false);
+    return NULL;
+}
+
 /* How long it takes until so many writes to a volume behind a network are all inside; then they are answered. */
 static uint64_t writes_together_ns(struct bench *bench, int count) {
     set_closed(&bench->volume, true);
@@ -669,32 +676,87 @@ static void test_writes_that_wait_for_a_network_are_under_way_together_at_once(v
     bench_stop(&bench);
 }
 
+static void ask_write_near(struct bench *bench, uint64_t unique) {
+    struct fuse_write_in in = {.size = 4};
+    struct message message = message_make(FUSE_WRITE, unique, NODE + 1, &in, sizeof in);
+    message_add(&message, "near", 4);
+    give(bench->kernel, &message);
+}
+
+static bool stays_inside(struct bench *bench, int count) {
+    for (int i = 0; i < 30; i++) {
+        if (atomic_load(&bench->volume.inside) != count)
+            return false;
+        usleep(1000);
+    }
+    return true;
+}
+
+/* However many requests it has, and as long as it may take. */
 static void test_a_volume_behind_a_network_holds_up_no_other(void) {
+    enum { COUNT = 200, FAILS = 150, SYNC = 201 };
     struct bench bench;
     struct ae_volume near;
     bench_start(&bench, 2);
     volume_init(&near);
     CHECK_EQUAL(af_front_register(bench.front, NODE + 1, &near, 1 << 20), 0);
-    bench.volume.waits = true;
+    bench.volume.waits = bench.volume.reads_wait = true;
+    atomic_store(&bench.volume.sync_result, -EAGAIN);
     set_closed(&bench.volume, true);
-    for (uint64_t unique = 1; unique <= 40; unique++)
-        ask_write(&bench, unique, "far away");
-    await_inside(&bench, 40);
-    for (uint64_t unique = 100; unique < 200; unique++) {
-        struct fuse_write_in in = {.size = 4};
-        struct message message = message_make(FUSE_WRITE, unique, NODE + 1, &in, sizeof in);
-        message_add(&message, "near", 4);
-        give(bench.kernel, &message);
+    for (uint64_t unique = 1; unique <= COUNT; unique++)
+        unique % 3 == 1 ? ask_read(&bench, unique, 8192) : ask_write(&bench, unique, unique == FAILS ? "no!" : "far");
+    ask_sync(&bench, SYNC, NODE);
+    await_inside(&bench, AF_FAR_MAX);
+    for (uint64_t unique = 1000; unique < 1100; unique++) {
         struct fuse_write_out written;
+        ask_write_near(&bench, unique);
         CHECK_EQUAL(take_answer(&bench, unique, &written, sizeof written), 0);
     }
-    CHECK_EQUAL(atomic_load(&bench.volume.inside), 40);
+    struct message request = message_make(FUSE_GETATTR, 2000, NODE, "", 0);
+    give(bench.kernel, &request);
+    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_GETATTR);
+    CHECK(stays_inside(&bench, AF_FAR_MAX));
+
     set_closed(&bench.volume, false);
-    for (int i = 0; i < 40; i++)
-        take(bench.kernel);
+    bool seen[COUNT + 1] = {false};
+    for (int i = 0; i < COUNT; i++) {
+        struct message message = take(bench.kernel);
+        struct fuse_out_header header;
+        memcpy(&header, message.bytes, sizeof header);
+        CHECK(header.unique >= 1 && header.unique <= COUNT && !seen[header.unique]);
+        seen[header.unique] = true;
+        CHECK_EQUAL(header.error, header.unique == FAILS ? -EIO : 0);
+        if (header.unique % 3 == 1)
+            CHECK(message.length == sizeof header + REQUEST_BYTES && message.bytes[message.length - 1] == 'c');
+    }
+    request = take(bench.libfuse); /* parked, and left to the composer in the end */
+    CHECK(opcode_of(request) == FUSE_FSYNC && header_of(request).unique == SYNC);
+    CHECK(!readable(bench.kernel, 0));
+    ask_write(&bench, 3000, "again");
+    struct fuse_write_out written;
+    CHECK_EQUAL(take_answer(&bench, 3000, &written, sizeof written), 0);
     bench_stop(&bench);
     pthread_cond_destroy(&near.changed);
     pthread_mutex_destroy(&near.mutex);
+}
+
+static void test_stopping_answers_what_is_parked(void) {
+    enum { COUNT = AF_FAR_MAX + 20 };
+    struct bench bench;
+    bench_start(&bench, 2);
+    bench.volume.waits = true;
+    set_closed(&bench.volume, true);
+    for (uint64_t unique = 1; unique <= COUNT; unique++)
+        ask_write(&bench, unique, "far");
+    await_inside(&bench, AF_FAR_MAX);
+    CHECK(stays_inside(&bench, AF_FAR_MAX));
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, open_up, &bench.volume) == 0);
+    af_front_drain(bench.front);
+    for (int i = 0; i < COUNT; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    CHECK(pthread_join(thread, NULL) == 0);
+    bench_stop(&bench);
 }
 
 static void test_syncs_are_done_by_the_engine_unless_the_composer_has_to(void) {
@@ -769,12 +831,6 @@ static void test_the_end_of_the_connection_is_told(void) {
     shutdown(bench.kernel, SHUT_RDWR);
     CHECK(readable(af_front_ended_fd(bench.front), LONG_MS));
     bench_stop(&bench);
-}
-
-static void *open_up(void *argument) {
-    usleep(50000);
-    set_closed(argument, false);
-    return NULL;
 }
 
 static void test_stopping_answers_what_is_under_way(void) {
@@ -903,6 +959,7 @@ int main(void) {
         {"slow requests do not hold up fast ones", test_slow_requests_do_not_hold_up_fast_ones},
         {"writes that wait for a network", test_writes_that_wait_for_a_network_are_under_way_together_at_once},
         {"a network holds up no other volume", test_a_volume_behind_a_network_holds_up_no_other},
+        {"stopping answers what is parked", test_stopping_answers_what_is_parked},
         {"syncs", test_syncs_are_done_by_the_engine_unless_the_composer_has_to},
         {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},
         {"the end of the connection is told", test_the_end_of_the_connection_is_told},

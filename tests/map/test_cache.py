@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import archipfs.map.cache as cache_module
@@ -22,6 +22,7 @@ from archipfs.types import Digest, PackId
 from tests.blockers.conformance import run_threads
 from tests.lib.disks import mounted
 from tests.lib.programs import run
+from tests.lib.searching import searching
 
 MIB = 1 << 20
 
@@ -77,7 +78,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@searching(40)
 @given(STEPS)
 def test_the_index_is_what_its_packs_say(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int]]

@@ -171,7 +171,7 @@ def test_a_rename_to_a_bad_name_is_refused(world: World) -> None:
     assert names_of(mapper) == ["vm"]
 
 
-@pytest.mark.parametrize("volume", [new_volume_id(), None])
+@pytest.mark.parametrize("volume", [new_volume_id(), None], ids=["volume gone", "volume with another name"])
 def test_a_dangling_name_is_taken_over(world: World, volume: VolumeId | None) -> None:
     """Its record speaks of a volume that is gone, or of one with another name."""
     mapper = world.mapper()

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archipfs.blockers.contract import Record
+from archipfs.blockers.contract import DataObject, Record
 from archipfs.blockers.fault import FaultBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
-from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing
+from archipfs.errors import FormatTooNew, NotFound, ObjectDamaged, ObjectMissing, StoreUnavailable
 from archipfs.map import mapper as mapper_module
 from archipfs.map.catalog import Catalog, children_first
 from archipfs.map.check import Severity
 from archipfs.map.locks import Node
 from archipfs.map.mapper import Attributes, Mapper, bitmap_key, create_store, data_key
-from archipfs.map.reclaim import Reclaimed, reachable
+from archipfs.map.reclaim import Reclaimed, delete_objects, reachable
 from archipfs.map.records import LayerRecord
 from archipfs.types import LayerId
 from tests.compose.interleave import SteppedBlocker, schedules, whole_second
@@ -195,7 +195,7 @@ def test_a_layer_of_a_removed_volume_that_is_not_purged_stays(world: World) -> N
 
 @pytest.mark.parametrize("kind", ["volume", "layer"])
 @pytest.mark.parametrize(
-    ("damage", "error"), [(b"nonsense", ObjectDamaged), (b"archipfs-record 4 volume a b\n{}", FormatTooNew)]
+    ("damage", "error"), [(b"nonsense", ObjectDamaged), (b"archipfs-record 5 volume a b\n{}", FormatTooNew)]
 )
 def test_where_a_record_cannot_be_read_nothing_is_swept(
     world: World, kind: str, damage: bytes, error: type[Exception]
@@ -425,3 +425,35 @@ def test_two_sweeps_at_once_take_nothing_that_is_being_made(world: World) -> Non
         other.join()
         assert layers_of(mapper) == set(made)
     assert garbage not in layers_of(mapper)
+
+
+class CutShort(MemoryBlocker):
+    """Each object's first deletion is cut short: nobody can open it any more, and not all of it is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half_deleted: set[str] = set()
+
+    def delete_data(self, key: str) -> None:
+        if key in self.half_deleted:
+            super().delete_data(key)
+        else:
+            self.half_deleted.add(key)
+            raise StoreUnavailable("no luck; wanted by the test")
+
+    def open_data(self, key: str, *, writable: bool, claim: str | None = None) -> DataObject:
+        if key in self.half_deleted:
+            raise ObjectMissing("half of it is gone")
+        return super().open_data(key, writable=writable, claim=claim)
+
+
+def test_what_a_deletion_that_was_cut_short_has_left_is_deleted_by_the_next() -> None:
+    blocker = CutShort()
+    layer = LayerId("a")
+    for key in (bitmap_key(layer), data_key(layer)):
+        blocker.create_data(key).close()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            delete_objects(blocker, layer)
+    delete_objects(blocker, layer)
+    assert [*blocker.list_data("layer"), *blocker.list_data("bitmap")] == []

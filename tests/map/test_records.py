@@ -86,7 +86,7 @@ def test_no_two_encodings_are_equal(record: AnyRecord) -> None:
 def test_the_header_is_one_line_of_five_words(record: AnyRecord) -> None:
     header, _, payload = encode(record).partition(b"\n")
     words = header.split(b" ")
-    assert words[:3] == [b"archipfs-record", b"3", KIND_NAMES[type(record)].encode()]
+    assert words[:3] == [b"archipfs-record", b"4", KIND_NAMES[type(record)].encode()]
     assert len(words) == 5
     assert msgspec.json.decode(payload) == msgspec.json.decode(msgspec.json.encode(record))
 
@@ -158,7 +158,7 @@ def test_a_volume_of_version_1_is_read(record: VolumeRecord) -> None:
     assert read(record, value) == msgspec.structs.replace(record, request=None)
 
 
-@pytest.mark.parametrize("version", ["4", "10", "999999999"])
+@pytest.mark.parametrize("version", ["5", "10", "999999999"])
 def test_a_later_format_is_named_as_such_whatever_follows(version: str) -> None:
     for rest in (b" name", b" name 0 0\n{}", b" something else\n\xff"):
         with pytest.raises(FormatTooNew, match=f"format {version}.*upgrade archipfs"):

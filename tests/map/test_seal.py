@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from archipfs.blockers.memory import MemoryBlocker
@@ -19,6 +19,7 @@ from archipfs.map.pages import Extent, decode_leaf
 from archipfs.map.seal import EXTENTS_MAX, Map, build_map
 from archipfs.map.tree import Tree
 from archipfs.types import REGION_BYTES, REGION_SECTORS, SECTOR_BYTES
+from tests.lib.searching import searching
 
 NODE = "0" * 32
 MASK_BITS = 3
@@ -111,7 +112,7 @@ SECTORS = st.one_of(st.integers(0, 40), st.integers(1000, 1050), st.integers(5 <
 CONTENT = st.dictionaries(SECTORS, st.integers(1, 6).map(sector), max_size=60)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@searching(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CONTENT, CONTENT, st.sets(SECTORS, max_size=30), st.sets(SECTORS, max_size=10))
 def test_a_map_reads_back_as_what_was_sealed(
     store: ChunkStore, first: Sectors, written: Sectors, discarded: set[int], untouched: set[int]

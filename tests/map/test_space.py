@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.blockers.memory import MemoryBlocker
@@ -19,6 +19,7 @@ from archipfs.map.records import LayerRecord, VolumeRecord
 from archipfs.map.space import Accountant, Space, VolumeSpace, stacks
 from archipfs.map.tree import Tree
 from archipfs.types import SECTOR_BYTES, Digest, LayerId
+from tests.lib.searching import searching
 from tests.map.sealing import NODE, Content, Sealer, chunk_of, sealer
 
 
@@ -63,7 +64,7 @@ contents = st.dictionaries(
 
 
 @given(st.lists(st.tuples(contents, st.integers(-1, 3)), min_size=1, max_size=5), st.booleans())
-@settings(max_examples=30, deadline=None)
+@searching(30)
 def test_an_account_is_what_sets_of_digests_say(maps: list[tuple[Content, int]], compressed: bool) -> None:
     """Maps on top of each other and beside each other."""
     with (

@@ -7,11 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from tests.lib.instance import Instance
+from tests.lib.searching import searching
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
 
@@ -24,7 +25,6 @@ def front(request: pytest.FixtureRequest) -> bool:
 
 
 SIZE_MAX = 48 * SECTOR_BYTES
-EXAMPLES = int(os.environ.get("ARCHIPFS_MODEL_EXAMPLES", "20"))
 
 borders = st.integers(0, SIZE_MAX // SECTOR_BYTES).map(lambda sector: sector * SECTOR_BYTES)
 offsets = st.one_of(
@@ -173,13 +173,7 @@ def test_any_order_of_operations_does_what_a_byte_array_does(mount: Instance) ->
     Model.mount = mount
     run_state_machine_as_test(
         Model,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+        settings=searching(20, stateful_step_count=40, suppress_health_check=list(HealthCheck)),
     )
 
 

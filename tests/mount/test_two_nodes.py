@@ -1,16 +1,21 @@
-"""Two nodes on one store: locks decide who writes, and who lost one writes no more."""
+"""Two nodes on one store, a directory or a pool: locks decide who writes, and who lost one writes no more."""
 
 import errno
 import json
 import os
+import signal
+import subprocess
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MakeInstance
-from tests.lib.instance import Instance
+from tests.lib.ceph import Cluster
+from tests.lib.instance import Instance, instances
 from tests.lib.stream import Stream
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
@@ -18,21 +23,41 @@ from tests.lib.waiting import Task, threads, wait_until
 pytestmark = pytest.mark.mount
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
 MIB = 1 << 20
 CACHED_SECONDS = 3.0
 """How long a node may believe names and attributes that another one has changed, and some more."""
 
 
+@pytest.fixture(scope="module")
+def pool_pair(ceph_cluster: Cluster) -> Iterator[tuple[Instance, Instance]]:
+    with instances() as make:
+        pool = ceph_cluster.options()
+        yield make(rados=pool).mount(), make(rados=pool).mount()
+
+
 @pytest.fixture
-def nodes(make_instance: MakeInstance, front: bool) -> tuple[Instance, Instance]:
-    """Two nodes whose default backend is the same directory, both mounted."""
-    first = make_instance(front=front)
-    second = make_instance(store=first.store, front=front)
+def pool_nodes(pool_pair: tuple[Instance, Instance]) -> Iterator[tuple[Instance, Instance]]:
+    """Two nodes on a pool: the same for all tests, emptied between them."""
+    first, second = pool_pair
+    yield first, second
+    names = os.listdir(second.path)
+    for name in names:
+        closes(second.path / name)
+    problems = [problem for node in (first, second) for problem in node.empty()]
+    for name in names:
+        wait_until(lambda name=name: not (second.path / name).exists(), f"{name} is gone", CACHED_SECONDS)  # type: ignore[misc]
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+
+
+@pytest.fixture(params=["front", "plain", pytest.param("rados", marks=pytest.mark.ceph)])
+def nodes(request: pytest.FixtureRequest, make_instance: MakeInstance) -> tuple[Instance, Instance]:
+    """Two nodes, both mounted, whose default backend is the same: a directory, with the front or without, or a pool."""
+    if request.param == "rados":
+        pair: tuple[Instance, Instance] = request.getfixturevalue("pool_nodes")
+        return pair
+    first = make_instance(front=request.param == "front")
+    second = make_instance(store=first.store, front=first.front)
     first.mount()
     return first, second.mount()
 
@@ -156,6 +181,8 @@ def test_who_lost_its_lock_gets_eio_and_writes_no_more(nodes: tuple[Instance, In
             for _ in range(20):
                 after.write(theirs)
             after.flush(theirs)
+            with suppress(OSError):  # it may have noticed or not; a flush with nothing to flush need not
+                os.pwrite(descriptor, b"stale" * 1000, 64 * SECTOR_BYTES)
             expect_errno(errno.EIO, lambda: os.fsync(descriptor))
             expect_errno(errno.EIO, lambda: os.pwrite(descriptor, b"stale" * 1000, 64 * SECTOR_BYTES))
             expect_errno(errno.EIO, lambda: os.fsync(descriptor))
@@ -211,3 +238,97 @@ def test_a_lock_that_is_held_by_hand_keeps_other_nodes_away(nodes: tuple[Instanc
     assert "vm1" in second.refused("volume-unlock", "vm1")
     first.archip("volume-unlock", "vm1")
     second.archip("volume-snapshot", "vm1", "--name", "monday")
+
+
+def test_a_node_is_lost_and_another_one_finds_all_that_was_flushed(nodes: tuple[Instance, Instance]) -> None:
+    first, second = nodes
+    volume = create(first.path / "vm1", MIB)
+    before, after = Stream(1, 0, 32), Stream(2, 64 * SECTOR_BYTES, 32)
+    with opened(volume) as descriptor:
+        for number in range(200):
+            before.write(descriptor)
+            if number % 50 == 0:
+                before.flush(descriptor)
+        first.kill()
+    second.archip("volume-unlock", "-f", "vm1")
+    with opened(appears(second.path / "vm1")) as theirs:
+        found = before.expect_survivors(read_all(second.path / "vm1"), before.durable, before.issued)
+        for _ in range(40):
+            after.write(theirs)
+        after.flush(theirs)
+        # The first one comes back, with all that it had in its live bitmaps, and writes nothing.
+        first.mount()
+        assert read_all(first.path / "vm1") == read_all(second.path / "vm1")
+        expect_errno(errno.EBUSY, lambda: snapshot(first.path / "vm1", "monday"))
+        after.write(theirs)
+    closes(second.path / "vm1")
+    content = read_all(second.path / "vm1")
+    before.expect_survivors(content, before.durable, found)
+    after.expect_prefix(content, after.issued, after.issued)
+    assert read_all(first.path / "vm1") == content
+
+
+def fio(volume: Path, directory: Path, *options: str) -> subprocess.Popen[str]:
+    """Reads and writes at random in a process of its own, which a daemon that is stopped may hold up."""
+    words = ["fio", f"--name={volume.name}", f"--filename={volume}", "--time_based", "--rw=randrw", "--bs=4k"]
+    words += ["--ioengine=libaio", "--direct=1", "--output-format=terse", *options]
+    return subprocess.Popen(words, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def ended(jobs: Iterable[subprocess.Popen[str]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate(timeout=20)
+
+
+def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance]) -> None:
+    """It was stopped in the middle of writes and flushes, which go on as if nothing had happened."""
+    first, second = nodes
+    first.expect_log("fenced|broke|our lock|not back in the store|no more")
+    volume = create(first.path / "vm1", MIB)
+    theirs = Stream(2, 0, 64)
+    pid = first.daemon_pid()
+    assert pid is not None
+    job = fio(volume, first.directory, "--size=1M", "--runtime=30", "--iodepth=8", "--fsync=8", "--rwmixwrite=100")
+    with ended([job]):
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            second.archip("volume-unlock", "-f", "vm1")
+            with opened(appears(second.path / "vm1")) as descriptor:
+                for _ in range(64):
+                    theirs.write(descriptor)
+                theirs.flush(descriptor)
+                os.kill(pid, signal.SIGCONT)
+                wait_until(lambda: first.logged('"fenced"'), "the first node has noticed")
+                theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        said, _ = job.communicate(timeout=30)
+    assert job.returncode != 0, said
+    closes(second.path / "vm1")
+    theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)
+
+
+@pytest.mark.ceph
+def test_of_three_volumes_one_is_lost_and_the_others_only_pause(pool_nodes: tuple[Instance, Instance]) -> None:
+    first, second = pool_nodes
+    first.expect_log("fenced|broke|our lock|no more")
+    options = ["--size=16M", "--runtime=5", "--iodepth=8", "--fsync=32", "--verify=crc32c", "--verify_backlog=256"]
+    volumes = [create(first.path / name, 16 * MIB) for name in ("vm1", "vm2", "vm3")]
+    jobs = [fio(volume, first.directory, *options) for volume in volumes]
+    with ended(jobs):
+        time.sleep(2.0)
+        assert all(job.poll() is None for job in jobs), "fio does not run"
+        second.archip("volume-unlock", "-f", "vm1")
+        said = [job.communicate(timeout=60) for job in jobs]
+    assert "Input/output error" in "".join(said[0]), said[0]
+    assert [job.returncode for job in jobs[1:]] == [0, 0], said[1:]
+    closes(second.path / "vm2")
+    with opened(second.path / "vm1") as descriptor:
+        os.pwrite(descriptor, b"ours now", 0)
+        os.fsync(descriptor)

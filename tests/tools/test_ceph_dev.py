@@ -72,9 +72,10 @@ def test_wrong_use_is_one_line(tmp_path: Path, arguments: tuple[str, ...], said:
 
 
 def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mon").mkdir()
+    for name in ("mon", "run", "log"):
+        (tmp_path / name).mkdir()
     assert "is not empty" in refused("up", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mon"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "mon", "run"]
 
 
 def test_the_restricted_user_has_the_pool_and_nothing_else(ceph_cluster: Cluster, content: Path) -> None:

@@ -14,10 +14,12 @@ from archipfs.blockers.rados.index import Index
 from archipfs.blockers.rados.packs import Packs
 from archipfs.blockers.rados.records import Records
 from archipfs.blockers.rados.settings import Settings
-from archipfs.errors import InvalidInput, ShutOut, StoreError
+from archipfs.errors import InvalidInput, NotSupported, ShutOut
 
 PACK_BYTES = 4 << 20
 DATA_SHARDS = 16
+_REPLICATED = 1
+"""Of pg_pool_t's types; the other one is 3, erasure-coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class _Client:
 class RadosBlocker(Blocker):
     """A store in a namespace of a pool."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, new: bool = False) -> None:
         """Connect. Raises ``StoreUnavailable`` within the settings' timeout, and then says what to do.
 
         There is nothing to lay out: a store begins to be with its first record.
@@ -58,7 +60,9 @@ class RadosBlocker(Blocker):
             raise
         self._client = _Client.of(connection, self._native)
         try:
-            # What this user may not do, and this pool cannot, is said now, and not at the first write.
+            if new:
+                self._check_pool()
+            # What this user may not do is said now, and not at the first write.
             self._client.records.get("store", "info")
         except BaseException:
             self.close()
@@ -68,6 +72,20 @@ class RadosBlocker(Blocker):
     def from_options(cls, **options: str) -> Self:
         """By those of a backend's configuration. Raises ``InvalidConfig`` and what connecting does."""
         return cls(Settings.from_options(options))
+
+    @classmethod
+    def create(cls, **options: str) -> Self:
+        """The same, for a new store. Raises ``NotSupported`` for a pool that cannot keep one."""
+        return cls(Settings.from_options(options), new=True)
+
+    def _check_pool(self) -> None:
+        command = json.dumps({"prefix": "osd pool ls", "detail": "detail", "format": "json"})
+        for pool in json.loads(self._client.connection.command("asking what the pool is", command)):
+            if pool["pool_name"] == self._settings.pool and pool["type"] != _REPLICATED:
+                raise NotSupported(
+                    f"pool {self._settings.pool} is erasure-coded, and such a pool cannot keep records; use a "
+                    "replicated one"
+                )
 
     def _now(self) -> _Client:
         """What calls go by: another one after :meth:`adopt`."""
@@ -171,7 +189,15 @@ class RadosBlocker(Blocker):
         return self._client.connection.is_shut_out or self._native.is_shut_out
 
     def reconnect(self) -> "RadosBlocker":
-        return RadosBlocker(self._settings)
+        successor = RadosBlocker(self._settings)
+        try:
+            # Whatever it does comes after we were shut out, also where nobody is left to be shut out by its claims.
+            successor._client.connection.wait_for_latest_map()
+            successor._native.wait_for_latest_map()
+        except BaseException:
+            successor.close()
+            raise
+        return successor
 
     def adopt(self, successor: Blocker) -> None:
         if not isinstance(successor, RadosBlocker) or successor._settings != self._settings:
@@ -179,7 +205,7 @@ class RadosBlocker(Blocker):
         former = self._client.connection
         self._native.adopt(successor._native)
         self._client = _Client.of(successor._client.connection.share(), self._native)
-        former.close()
+        former.close_replaced()
 
     # The whole
 
@@ -194,7 +220,8 @@ class RadosBlocker(Blocker):
                 if stats["quota_bytes"] > 0:
                     available = min(available, max(int(stats["quota_bytes"]) - used, 0))
                 return Space(used + available, available, available)
-        raise StoreError(f"{self.describe()}: the cluster does not know how much room it has; see `ceph df`")
+        # The managers, which count, have not counted this pool yet.
+        return Space(0, 0, 0)
 
     def describe(self) -> str:
         connection, settings = self._client.connection, self._settings

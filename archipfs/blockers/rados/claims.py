@@ -17,7 +17,8 @@ Claiming
 Giving up
     1. The native client ends what is under way, and gives its lock up. Where a write of it may still arrive, it keeps
        it, so that whoever claims next shuts it out.
-    2. Read who holds the lock. Only we: remove the object, if it is still at that version. Else, give our lock up.
+    2. Read who holds the lock. Nobody but us (the native client does not count where it keeps it) and those on the
+       blocklist: remove the object, if it is still at that version. Else, give our lock up.
 
 Why nothing of who was shut out arrives any more
     An OSD refuses what comes from an address that its map has on the blocklist. OSDs learn of a new map at different
@@ -38,10 +39,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from archipfs.blockers.rados.connection import Connection, errno_of, plain_address
+from archipfs.blockers.rados.connection import ALSO_WHEN_FULL, Connection, errno_of, plain_address
 from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.lock_class import ANSWER_BYTES_MAX, GET_INFO, LockInfo, get_info
-from archipfs.blockers.rados.omap import FULL_FORCE
 from archipfs.errors import Busy, InvalidInput, ObjectMissing, ShutOut, StoreError
 
 LOCK = "archipfs"
@@ -84,9 +84,11 @@ class Claims:
 
     def disclaim(self, key: str) -> None:
         try:
-            self._native.disclaim(key)
+            kept = self._native.disclaim(key)
             found = self._read(key)
-            if found.addresses() <= {self._connection.address}:
+            # The native client's lock is still there where giving it up was not answered.
+            ours = {self._connection.address} | set(() if kept else map(plain_address, self._native.addresses()))
+            if found.addresses() <= ours | self._gone:
                 self._remove(key, found)
                 return
             for locker in found.lock.lockers:
@@ -113,28 +115,27 @@ class Claims:
         """Take the lock with both clients, unless it is held as another owner."""
         with self._connection.call(f"claiming {key}"):
             try:
-                self._lock(key, owner)
+                self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
             except self._connection.rados.Error as error:
-                if errno_of(error) not in (errno.EBUSY, errno.EEXIST):
+                number = errno_of(error)
+                if number in (errno.EBUSY, errno.EEXIST):
+                    return False
+                if number not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                return False
+                # There is no such object, and no room for one. But one claims what is to be removed, too.
+                self._make(key)
+                self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
         try:
             self._native.claim(key, owner)
         except Busy:
             return False
         return True
 
-    def _lock(self, key: str, owner: str) -> None:
-        try:
-            self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
-        except self._connection.rados.Error as error:
-            if errno_of(error) not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            # A full cluster refuses a new object, not a lock on one. Whoever removes a volume claims it first.
-            with self._connection.rados.WriteOpCtx() as operation:
-                operation.new(self._connection.rados.LIBRADOS_CREATE_IDEMPOTENT)
-                self._connection.main.operate_write_op(operation, _name(key), flags=FULL_FORCE)
-            self._connection.main.lock_shared(_name(key), LOCK, owner, owner, flags=_MAY_RENEW)
+    def _make(self, key: str) -> None:
+        rados = self._connection.rados
+        with rados.WriteOpCtx() as operation:
+            operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+            self._connection.main.operate_write_op(operation, _name(key), flags=ALSO_WHEN_FULL)
 
     def _give_up(self, key: str, cookie: str) -> None:
         with self._connection.call(f"giving up {key}"):

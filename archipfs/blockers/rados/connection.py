@@ -13,6 +13,9 @@ from archipfs.blockers.rados.failures import UNREACHABLE, store_error
 from archipfs.blockers.rados.settings import Settings
 from archipfs.errors import ArchipError, StoreAway, StoreError, StoreUnavailable
 
+ALSO_WHEN_FULL = 128
+"""LIBRADOS_OPERATION_FULL_FORCE, which the binding has no name for: not refused by a full pool, only by a full OSD."""
+
 
 class Connection:
     """A client. Thread-safe.
@@ -128,6 +131,12 @@ class Connection:
         self.packs.close()
         self._cluster.shutdown()
 
+    def close_replaced(self) -> None:
+        """As :meth:`close`, since another connection came in the place of this one: who still comes is told that we are
+        shut out, and so comes again by that one."""
+        self.is_shut_out = True
+        self.close()
+
     @contextmanager
     def call(self, doing: str) -> Iterator[None]:
         """Around whatever uses a handle of this connection: the binding's errors become ours.
@@ -187,6 +196,11 @@ class Connection:
             error = self.store_error(result, doing)
             raise type(error)(f"{error} ({said})" if said else str(error))
         return bytes(output)
+
+    def wait_for_latest_map(self) -> None:
+        """From then on, who was shut out before is refused wherever we have been: see ``claims``."""
+        with self.call("waiting for the cluster's newest map"):
+            self._cluster.wait_for_latest_osdmap()
 
     def blocklist(self, address: str, expire_s: int) -> None:
         """Have all OSDs refuse whatever comes from ``address``, and wait until this client's map says so.

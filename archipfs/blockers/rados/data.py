@@ -59,8 +59,8 @@ class NativeClient:
             said = ffi.string(problem).decode(errors="replace")
             error = store_error(-result, f"connecting to pool {settings.pool} as {settings.user}: {said}")
             raise error if isinstance(error, StoreUnavailable) else StoreUnavailable(str(error))
-        # Objects keep what they need of it alive themselves.
-        self._client: Any = made[0]
+        # Closed when the last call that uses it is over. Objects keep what they need of it alive themselves.
+        self._client: Any = ffi.gc(made[0], lib.ra_client_close)
 
     def create(self, key: str) -> "NativeDataObject":
         """An empty data object. Raises ``AlreadyExists``."""
@@ -80,7 +80,7 @@ class NativeClient:
         _check(lib.ra_data_delete(self._open_client(), key.encode()), f"deleting {key}")
 
     def exists(self, key: str) -> bool:
-        """Whether there is such a data object."""
+        """Whether there is such a data object, or what a removal that was cut short has left of one."""
         result = lib.ra_data_exists(self._open_client(), key.encode())
         if result == -errno.ENOENT:
             return False
@@ -97,8 +97,9 @@ class NativeClient:
         """Have the cluster note that this client acts for ``owner``. Raises ``Busy`` if another owner is noted."""
         _check(lib.ra_claim(self._open_client(), key.encode(), owner.encode()), f"claiming {key} for {owner}")
 
-    def disclaim(self, key: str) -> None:
-        """Give a claim up, after the calls under way on what was opened under it; there may be none.
+    def disclaim(self, key: str) -> bool:
+        """Give a claim up, after the calls under way on what was opened under it; there may be none. Returns whether it
+        stays noted.
 
         If the cluster left one of its writes unanswered, the claim stays noted, so that whoever claims it next shuts
         this client out before it does anything else.
@@ -107,6 +108,7 @@ class NativeClient:
         _check(lib.ra_disclaim(self._open_client(), key.encode(), kept), f"giving up the claim of {key}")
         if kept[0]:
             log.warning("a claim stays in the store, since a write under it was never answered", key=key)
+        return bool(kept[0])
 
     def addresses(self) -> list[str]:
         """By which the cluster knows this client, as ``osd blocklist add`` takes them."""
@@ -131,14 +133,13 @@ class NativeClient:
 
     def close(self) -> None:
         """Let go of the cluster. What is open goes on, except under claims."""
-        client, self._client = self._client, None
-        if client is not None:
-            lib.ra_client_close(client)
+        self._client = None
 
     def _open_client(self) -> Any:
-        if self._client is None:
+        client = self._client
+        if client is None:
             raise StoreError("the connection to the cluster was closed; open the backend again")
-        return self._client
+        return client
 
 
 class NativeDataObject(DataObject):

@@ -42,7 +42,7 @@ _ERRORS: dict[int, tuple[type[ArchipError], str]] = {
     errno.EFBIG: (TooLarge, "keep it within what the driver can store"),
     errno.EMSGSIZE: (TooLarge, "an object that is written at once is at most osd_max_write_size, 90 MiB by default"),
     errno.EINVAL: (InvalidInput, "this is a bug in the caller, please report it"),
-    errno.EOPNOTSUPP: (NotSupported, "use a replicated pool, or one with allow_ec_overwrites for data"),
+    errno.EOPNOTSUPP: (NotSupported, "use a replicated pool"),
     errno.EACCES: (StoreError, "give the user the capabilities that docs/operations.md names"),
     errno.EPERM: (StoreError, "give the user the capabilities that docs/operations.md names"),
     errno.EBADF: (StoreError, "it was closed, or opened for reading only; open it again"),

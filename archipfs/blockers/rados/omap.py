@@ -17,12 +17,9 @@ from typing import Any
 
 import xxhash
 
-from archipfs.blockers.rados.connection import Connection, errno_of
+from archipfs.blockers.rados.connection import ALSO_WHEN_FULL, Connection, errno_of
 from archipfs.blockers.rados.in_flight import IN_FLIGHT_MAX, at_once, result_of
 
-FULL_FORCE = 128
-"""LIBRADOS_OPERATION_FULL_FORCE: done also in a full cluster. A new object would be refused there, and most changes of
-entries come with removing something, which makes room; the binding has no name for it."""
 PAGE_ENTRIES = 1000
 """Read at once from a shard: an OSD gives 1024 at most (osd_max_omap_entries_per_request)."""
 
@@ -78,7 +75,7 @@ def change(
 ) -> bool:
     """Put and remove entries, durably, if all conditions hold. Returns whether they did.
 
-    No cluster is too full for it.
+    Works in a full pool too: to give room back, one has to write down what goes.
     """
     rados = connection.rados
     with connection.call(doing), rados.WriteOpCtx() as operation:
@@ -93,7 +90,7 @@ def change(
         if put:
             ioctx.set_omap(operation, tuple(put), tuple(put.values()))
         try:
-            ioctx.operate_write_op(operation, shard, flags=FULL_FORCE)
+            ioctx.operate_write_op(operation, shard, flags=ALSO_WHEN_FULL)
         except rados.ObjectNotFound:
             connection.require_pool(doing)
             return False

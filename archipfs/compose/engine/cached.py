@@ -76,5 +76,5 @@ def _closed(pointer: Any) -> None:
 
 def _checked(number: int) -> int:
     if number < 0:
-        raise InvalidInput(f"a pack cache of {number} bytes cannot be; give it some, see [cache] objects")
+        raise InvalidInput(f"a pack cache of {number} bytes cannot be; give it some, see [cache] packs")
     return number

@@ -274,8 +274,11 @@ int ae_volume_guard(struct ae_volume *volume, const char *present, const char *f
  */
 void ae_volume_fence(struct ae_volume *volume);
 
-/* Whether writes to it wait for a network, not for memory or a disk. A control call may change that. */
-bool ae_volume_waits(const struct ae_volume *volume);
+/*
+ * Whether calls on it wait for a network, not for memory or a disk: its head lies there, or what was read of its sealed
+ * layer.
+ */
+bool ae_volume_waits(struct ae_volume *volume);
 uint64_t ae_volume_size(const struct ae_volume *volume);
 /* How many bytes of the head's parent shine through now. Control. */
 uint64_t ae_volume_parent_visible(const struct ae_volume *volume);
@@ -308,8 +311,8 @@ struct ae_calls {
     int64_t (*seek_hole)(struct ae_volume *volume, uint64_t offset);
     /* 0: all that returned before is durable. -EAGAIN: the composer has to see to it. */
     int (*sync)(struct ae_volume *volume);
-    /* Whether calls that change it wait for a network. */
-    bool (*waits)(const struct ae_volume *volume);
+    /* Whether calls on it wait for a network, where memory cannot answer them. */
+    bool (*waits)(struct ae_volume *volume);
 };
 
 const struct ae_calls *ae_calls(void);

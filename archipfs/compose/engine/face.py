@@ -423,7 +423,7 @@ class EngineVolume:
 
     @property
     def waits(self) -> bool:
-        """Whether writes wait for a network, and not for memory or a disk."""
+        """Whether calls wait for a network, and not for memory or a disk."""
         with self._handle as volume:
             return bool(lib.ae_volume_waits(volume))
 

@@ -298,6 +298,8 @@ int ae_bitmap_format(struct ae_object bitmap, const uint8_t id[16]) {
 
 void ae_layer_retain(struct ae_layer *layer) { atomic_fetch_add(&layer->references, 1); }
 
+bool ae_layer_is_far(const struct ae_layer *layer) { return layer->sealed != NULL && ae_sealed_is_far(layer->sealed); }
+
 void ae_layer_release(struct ae_layer *layer) {
     if (atomic_fetch_sub(&layer->references, 1) == 1)
         layer_free(layer);

@@ -60,6 +60,8 @@ struct ae_layer {
 };
 
 void ae_layer_retain(struct ae_layer *layer);
+/* Whether a part of it that was read lies in a pack that lies far away. */
+bool ae_layer_is_far(const struct ae_layer *layer);
 
 /*
  * How the sector `first` and those after it up to `end` stand: `*set` is its bit, `*until` the first that differs. With

@@ -13,7 +13,7 @@ import structlog
 
 from archipfs.blockers.contract import DataObject
 from archipfs.compose._engine import ffi, lib
-from archipfs.errors import ArchipError, FormatTooNew, ObjectDamaged, StoreError, errno_of, from_errno
+from archipfs.errors import ArchipError, FormatTooNew, ObjectDamaged, ObjectMissing, StoreError, errno_of, from_errno
 
 log = structlog.get_logger()
 
@@ -136,7 +136,7 @@ def keep(error: BaseException, what: str) -> int:
         log.error("a callback failed where no caller can be told", what=what, exc_info=error)
     elif _state.raised is None or (isinstance(_state.raised, Exception) and not isinstance(error, Exception)):
         _state.raised = error
-    return -errno_of(error)
+    return -(errno.ENOENT if isinstance(error, ObjectMissing) else errno_of(error))
 
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]

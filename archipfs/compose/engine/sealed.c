@@ -59,6 +59,8 @@ void ae_sealed_close(struct ae_sealed *sealed) {
     free(sealed);
 }
 
+bool ae_sealed_is_far(const struct ae_sealed *sealed) { return atomic_load(&sealed->far); }
+
 /* Regions */
 
 /* What means something else to whoever reads, seeks, copies or flushes a volume, and a pack that is not there. */
@@ -69,6 +71,7 @@ static int as_failure(int error) {
     case -ENXIO:
     case -EOPNOTSUPP:
     case -ESTALE:
+    case -ETIMEDOUT:
         return -EIO;
     default:
         return error;

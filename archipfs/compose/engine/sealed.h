@@ -14,6 +14,8 @@ int ae_sealed_open(const uint8_t id[16], struct ae_table *table, struct ae_resol
                    struct ae_sealed **sealed);
 void ae_sealed_close(struct ae_sealed *sealed);
 
+/* Whether a part of it that was read lies in a pack that lies far away. */
+bool ae_sealed_is_far(const struct ae_sealed *sealed);
 /* With `nowait` -EAGAIN where it would resolve a region, wait for a disk, or find that a pack has moved. */
 int ae_sealed_read(struct ae_sealed *sealed, void *buffer, size_t length, uint64_t offset, bool nowait);
 /* The first data (hole) at or after `offset`; `end` if there is none before. */

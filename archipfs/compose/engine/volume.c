@@ -69,12 +69,6 @@ static void stack_free(struct ae_stack *stack) {
     free(stack);
 }
 
-/* With the gate held, or before anybody else knows the volume. */
-static void stack_set(struct ae_volume *volume, struct ae_stack *stack) {
-    volume->current = stack;
-    atomic_store(&volume->waits, stack->layers[0]->data.waits);
-}
-
 /* With the gate held: whether that was the last hold, and the caller has to free the stack outside. */
 static bool stack_unhold(struct ae_stack *stack) { return --stack->holds == 0 && stack->calls == 0; }
 
@@ -243,7 +237,7 @@ int ae_volume_open(struct ae_layer *const *layers, size_t count, uint64_t size, 
         free(volume);
         return -ENOMEM;
     }
-    stack_set(volume, stack);
+    volume->current = stack;
     volume->writable = writable;
     atomic_init(&volume->size, size);
     atomic_init(&volume->changed_ns, 0);
@@ -294,7 +288,7 @@ int64_t ae_volume_swap_head(struct ae_volume *volume, struct ae_layer *head) {
 
     pthread_mutex_lock(&volume->gate);
     ae_layer_remember_size(head, atomic_load(&volume->size));
-    stack_set(volume, fresh);
+    volume->current = fresh;
     volume->draining = old;
     volume->draining_size = atomic_load(&volume->size);
     while (old->calls > 0 || volume->lingering > 0)
@@ -342,7 +336,7 @@ int ae_volume_replace(struct ae_volume *volume, struct ae_layer *const *layers, 
 
     pthread_mutex_lock(&volume->gate);
     struct ae_stack *old = volume->current;
-    stack_set(volume, fresh);
+    volume->current = fresh;
     atomic_store(&volume->size, size);
     pthread_mutex_unlock(&volume->gate);
 
@@ -376,7 +370,7 @@ int ae_volume_rebase(struct ae_volume *volume, const uint8_t layer[16], struct a
         return -ENOMEM;
 
     pthread_mutex_lock(&volume->gate);
-    stack_set(volume, fresh);
+    volume->current = fresh;
     old->lingering = true;
     volume->lingering += old->calls;
     bool unused = stack_unhold(old);
@@ -562,7 +556,13 @@ int ae_sync(struct ae_volume *volume) {
 
 /* Looking */
 
-bool ae_volume_waits(const struct ae_volume *volume) { return atomic_load(&volume->waits); }
+bool ae_volume_waits(struct ae_volume *volume) {
+    pthread_mutex_lock(&volume->gate);
+    const struct ae_stack *stack = volume->current;
+    bool waits = stack->layers[0]->data.waits || ae_layer_is_far(stack->layers[stack->count - 1]);
+    pthread_mutex_unlock(&volume->gate);
+    return waits;
+}
 
 uint64_t ae_volume_size(const struct ae_volume *volume) { return atomic_load(&volume->size); }
 

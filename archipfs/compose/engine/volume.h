@@ -36,7 +36,6 @@ struct ae_volume {
     struct ae_guard guard;
 
     bool writable;
-    atomic_bool waits; /* the head's data object does */
     _Atomic uint64_t size;
     _Atomic uint64_t changed_ns;
     atomic_int failed;

@@ -21,6 +21,7 @@ static void object_name(const char *key, char *name, size_t name_bytes) {
     snprintf(name, name_bytes, PREFIX "%s", key);
 }
 
+/* The latest of them. */
 static struct ra_claim *find(struct ra_client *client, const char *key) {
     struct ra_claim *claim = client->claims;
     while (claim != NULL && strcmp(claim->key, key) != 0)
@@ -38,17 +39,26 @@ void ra_claim_forget(struct ra_client *client, struct ra_claim *claim) {
     free(claim);
 }
 
-/* With the mutex held. */
+/*
+ * With the mutex held. What was given up stays so for the objects that were opened under it: they are of an earlier
+ * owner, and one of their writes may still be waiting.
+ */
 static int note_held(struct ra_client *client, const char *key, const char *owner, uint64_t number) {
-    struct ra_claim *claim = find(client, key);
-    if (claim == NULL) {
+    struct ra_claim *former = find(client, key), *claim = former;
+    if (former == NULL || (!former->held && former->references > 0)) {
         claim = calloc(1, sizeof *claim);
         if (claim == NULL)
             return -ENOMEM;
         snprintf(claim->key, sizeof claim->key, "%s", key);
+        claim->number = number;
         claim->next = client->claims;
         client->claims = claim;
     }
+    if (former != NULL && former != claim) {
+        claim->uncertain = former->uncertain && former->number == number;
+        former->uncertain = false;
+    }
+    /* What a connection that was shut out has sent does not arrive any more. */
     if (claim->number != number)
         claim->uncertain = false;
     snprintf(claim->owner, sizeof claim->owner, "%s", owner);
@@ -105,7 +115,7 @@ int ra_disclaim(struct ra_client *client, const char *key, bool *kept) {
         while (claim->calls > 0)
             pthread_cond_wait(&client->changed, &client->mutex);
         memcpy(owner, claim->owner, sizeof owner);
-        *kept = ours && claim->uncertain;
+        *kept = claim->uncertain && claim->number == client->number;
         claim->references--;
         ra_claim_forget(client, claim);
     }

@@ -343,8 +343,7 @@ bool ra_call_again(struct ra_call *call, int result) {
     if (call->claim != NULL) {
         struct ra_claim *claim = call->claim;
         pthread_mutex_lock(&call->client->mutex);
-        /* What a connection that was shut out has sent does not arrive any more. */
-        if (call->uncertain && claim->number == call->number)
+        if (call->uncertain)
             claim->uncertain = true;
         if (--claim->calls == 0 && !claim->held)
             pthread_cond_broadcast(&call->client->changed);

@@ -35,7 +35,7 @@ struct ra_claim {
     bool held;
     /* The connection (ra_client.number) that it was made on. */
     uint64_t number;
-    /* A write under it, by that connection, got no answer in time. */
+    /* A change under it got no answer in time. */
     bool uncertain;
     /* Of open objects. */
     unsigned references;

@@ -118,6 +118,12 @@ int header_read(const struct ra_call *call, const char *key, struct header *head
     return result;
 }
 
+int header_stat(const struct ra_call *call, const char *key) {
+    uint64_t size;
+    time_t mtime;
+    return call->connection->library.stat(call->connection->data, key, &size, &mtime);
+}
+
 int header_look(const struct ra_call *call, const char *key) {
     unsigned char found[HEADER_GUARD_BYTES], live[HEADER_GUARD_BYTES];
     put_guard(live, HEADER_LIVE);

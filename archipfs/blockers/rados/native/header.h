@@ -33,6 +33,9 @@ int header_decode(const unsigned char bytes[HEADER_BYTES], struct header *header
 int header_read(const struct ra_call *call, const char *key, struct header *header, unsigned char **stripes,
                 uint64_t *count);
 
+/* Whether it is there, be it half removed: 0, or -ENOENT. */
+int header_stat(const struct ra_call *call, const char *key);
+
 /* Whether it is there and not being deleted: 0, or -ENOENT. */
 int header_look(const struct ra_call *call, const char *key);
 

@@ -68,7 +68,8 @@ int ra_claim(struct ra_client *client, const char *key, const char *owner);
 /*
  * Give a claim up; there may be none. Whoever waits for it fails with -EIO, and what is under way is waited for.
  * `*kept`: a write under it was given up after its time, and may still arrive. Then the claim is left in the store, so
- * that the next one who claims it shuts this client out first.
+ * that the next one who claims it shuts this client out first. Objects that were opened under it stay without one, also
+ * when it is claimed again. After an error it is given up, but the lock may still be there.
  */
 int ra_disclaim(struct ra_client *client, const char *key, bool *kept);
 
@@ -81,7 +82,7 @@ int ra_data_open(struct ra_client *client, const char *key, bool writable, const
 /* Remove it with all its stripes. There may be none. */
 int ra_data_delete(struct ra_client *client, const char *key);
 
-/* 0, or -ENOENT. */
+/* 0, or -ENOENT. One that is half removed is there. */
 int ra_data_exists(struct ra_client *client, const char *key);
 
 /* One more that must be closed. */
@@ -91,6 +92,8 @@ void ra_data_close(struct ra_data *data);
 /* As those of struct ae_object_ops, but with the errno as it came. */
 int ra_data_read(struct ra_data *data, void *buffer, size_t length, uint64_t offset);
 int ra_data_write(struct ra_data *data, const void *buffer, size_t length, uint64_t offset);
+/* As so many writes, none of them empty, on their way at once. */
+int ra_data_write_each(struct ra_data *data, const struct ae_write *writes, size_t count);
 int ra_data_punch(struct ra_data *data, uint64_t offset, uint64_t length);
 int ra_data_truncate(struct ra_data *data, uint64_t size);
 int ra_data_size(struct ra_data *data, uint64_t *size);

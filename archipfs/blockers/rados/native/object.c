@@ -1,6 +1,6 @@
 /*
- * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, or
- * that something is not in it, a guest gets EIO.
+ * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
+ * guest gets EIO. That something is missing, or that we were shut out (ESHUTDOWN), is for the composer to know.
  */
 #include "pack.h"
 #include "striped.h"
@@ -9,7 +9,6 @@
 
 static int outward(int result) {
     switch (result) {
-    case -ENOENT: /* deleted under its reader, or the whole pool was */
     case -ETIMEDOUT:
     case -ENOTCONN:
     case -EHOSTDOWN:
@@ -35,6 +34,10 @@ static int data_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
 
 static int data_pwrite(void *ctx, const void *buffer, size_t length, uint64_t offset) {
     return outward(ra_data_write(ctx, buffer, length, offset));
+}
+
+static int data_pwrite_each(void *ctx, const struct ae_write *writes, size_t count) {
+    return outward(ra_data_write_each(ctx, writes, count));
 }
 
 static int data_punch(void *ctx, uint64_t offset, uint64_t length) {
@@ -64,6 +67,7 @@ static void data_close(void *ctx) { ra_data_close(ctx); }
 static const struct ae_object_ops data_ops = {
     .pread = data_pread,
     .pwrite = data_pwrite,
+    .pwrite_each = data_pwrite_each,
     .punch = data_punch,
     .truncate = data_truncate,
     .flush = data_flush,
@@ -78,8 +82,10 @@ void ra_data_share(struct ra_data *data, struct ae_object *object) {
     *object = (struct ae_object){.ops = &data_ops, .ctx = data, .waits = true};
 }
 
+/* The engine looks for a pack that it cannot read once more, elsewhere, but not for one it has waited for in vain. */
 static int pack_pread(void *ctx, void *buffer, size_t length, uint64_t offset) {
-    return outward(ra_pack_read(ctx, buffer, length, offset));
+    int result = ra_pack_read(ctx, buffer, length, offset);
+    return result == -ETIMEDOUT ? result : outward(result);
 }
 
 static int pack_pread_within(void *ctx, void *buffer, size_t length, uint64_t offset) {

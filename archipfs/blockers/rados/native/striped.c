@@ -162,7 +162,7 @@ int ra_data_exists(struct ra_client *client, const char *key) {
         return result;
     do
         if ((result = ra_call_begin(&call)) == 0)
-            result = header_look(&call, key);
+            result = header_stat(&call, key);
     while (ra_call_again(&call, result));
     return result;
 }
@@ -339,6 +339,53 @@ int ra_data_write(struct ra_data *data, const void *buffer, size_t length, uint6
     do
         if ((result = ra_call_begin(&call)) == 0)
             result = write_all(&call, data, buffer, length, offset);
+    while (ra_call_again(&call, result));
+    return result;
+}
+
+/* As write_all, for pieces anywhere: all of them are on their way at once. */
+static int write_each(struct ra_call *call, struct ra_data *data, const struct ae_write *writes, size_t count) {
+    int result = 0;
+    pthread_rwlock_rdlock(&data->gate);
+    for (size_t i = 0; result == 0 && i < count; i++) {
+        uint64_t last = (writes[i].offset + writes[i].length - 1) / STRIPE;
+        for (uint64_t stripe = writes[i].offset / STRIPE; result == 0 && stripe <= last; stripe++)
+            result = mark_stripes(call, data, (struct stripe_range){stripe, stripe});
+    }
+    if (result == 0) {
+        struct batch batch;
+        batch_begin(&batch, call, data->key);
+        for (size_t i = 0; i < count; i++) {
+            const char *from = writes[i].buffer;
+            uint64_t offset = writes[i].offset, end = offset + writes[i].length;
+            while (offset < end) {
+                size_t piece = STRIPE - offset % STRIPE;
+                piece = piece < end - offset ? piece : end - offset;
+                batch_write(&batch, offset / STRIPE, from, piece, offset % STRIPE);
+                from += piece;
+                offset += piece;
+            }
+        }
+        result = batch_end(&batch);
+    }
+    pthread_rwlock_unlock(&data->gate);
+    return result;
+}
+
+int ra_data_write_each(struct ra_data *data, const struct ae_write *writes, size_t count) {
+    if (!data->writable)
+        return -EBADF;
+    for (size_t i = 0; i < count; i++) {
+        if (writes[i].length == 0)
+            return -EINVAL;
+        if (writes[i].offset > RA_DATA_BYTES_MAX || writes[i].length > RA_DATA_BYTES_MAX - writes[i].offset)
+            return -EFBIG;
+    }
+    int result;
+    struct ra_call call = {.client = data->client, .claim = data->claim};
+    do
+        if ((result = ra_call_begin(&call)) == 0)
+            result = write_each(&call, data, writes, count);
     while (ra_call_again(&call, result));
     return result;
 }
@@ -563,16 +610,12 @@ static int cut_stripes(struct ra_call *call, const struct ra_data *data, uint64_
     return batch_end(&batch);
 }
 
-/* First up, last down: the size is never outside of what it was and what it becomes. */
+/* Stripes behind the new size count until they are gone, so the size is never outside of what it was and becomes. */
 static int truncate_alone(struct ra_call *call, struct ra_data *data, uint64_t size) {
     int result = reload(call, data);
-    if (result == 0 && data->header_size < size)
+    if (result == 0 && data->header_size != size)
         result = put_size(call, data, size);
-    if (result == 0)
-        result = cut_stripes(call, data, size);
-    if (result == 0 && data->header_size > size)
-        result = put_size(call, data, size);
-    return result;
+    return result == 0 ? cut_stripes(call, data, size) : result;
 }
 
 int ra_data_truncate(struct ra_data *data, uint64_t size) {

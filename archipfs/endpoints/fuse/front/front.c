@@ -18,13 +18,14 @@
  *
  * FUSE_INTERRUPT is dropped: pyfuse3 has no use for it, and what is served here ends soon by itself.
  *
- * Locks: those of table.c, pending.c and seats.c, each held for a few instructions and never one inside another.
+ * Locks: those of table.c, pending.c, seats.c and far.c, each held for a few instructions and never one inside another.
  */
 #include "front.h"
 
 #include "answer.h"
 #include "buffer.h"
 #include "engine.h"
+#include "far.h"
 #include "pending.h"
 #include "seats.h"
 #include "session.h"
@@ -56,6 +57,7 @@ struct af_front {
     struct af_table table;
     struct af_pending pending;
     struct af_seats seats;
+    struct af_far far;
     pthread_t relay;
     pthread_t notifier;
 };
@@ -128,23 +130,96 @@ static int forward(struct af_front *front, const struct af_request *request, cha
     return error < 0 ? error : hand_to_libfuse(front, request, message, length);
 }
 
-/* Whether it was answered here. */
-static bool serve(struct af_server *server, const struct af_request *request, char *buffer) {
+static void pass_on(struct af_server *server, const struct af_request *request, char *message, size_t length) {
     struct af_front *front = server->context;
+    int error = forward(front, request, message, length);
+    count(&server->forwarded);
+    if (error < 0 && error != -ESHUTDOWN && request->answered)
+        af_answer(front->options.device, request->unique, error, NULL, 0);
+}
+
+/* Whoever has a disk open is not told that it is not there, or what it lies in. */
+static int outward(int error) {
+    return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error;
+}
+
+static void answer(struct af_server *server, const struct af_request *request, const struct af_result *result) {
+    const struct af_front *front = server->context;
+    af_answer(front->options.device, request->unique, outward(result->error), result->data, result->length);
+    count(&server->served);
+}
+
+/*
+ * What the engine leaves to the composer: a flush that takes more than that; a read of what another node has deleted,
+ * which lies elsewhere by now; what needs a store that has shut us out, until we are back.
+ */
+static bool is_for_composer(const struct af_request *request, const struct af_result *result) {
+    switch (result->error) {
+    case -EAGAIN:
+        return request->kind == AF_SYNC;
+    case -ENOENT:
+    case -ESTALE:
+        return request->kind == AF_READ;
+    case -ESHUTDOWN:
+        return request->kind == AF_READ || request->kind == AF_WRITE;
+    default:
+        return false;
+    }
+}
+
+/* Inside the entry, which it leaves. */
+static void carry_out(struct af_server *server, struct af_entry *entry, const struct af_request *request, char *message,
+                      size_t length) {
+    struct af_front *front = server->context;
+    struct af_result result;
+    /* The request was read whole, or copied: what a read finds goes over it. */
+    af_serve(front->options.engine, entry, request, server->buffer + front->page_bytes, &result);
+    af_table_leave(&front->table, entry);
+    if (is_for_composer(request, &result))
+        pass_on(server, request, message, length);
+    else
+        answer(server, request, &result);
+}
+
+/* As carry_out, on a volume behind a network, and after that those who were parked meanwhile. */
+static void carry_out_far(struct af_server *server, struct af_entry *entry, const struct af_request *request,
+                          char *message, size_t length) {
+    struct af_front *front = server->context;
+    struct af_parked *parked = NULL;
+    if (af_far_is_full(&front->far))
+        parked = af_parked_make(entry, request, message, length);
+    if (!af_far_enter(&front->far, parked))
+        return;
+    free(parked);
+    af_call_waits(server);
+    carry_out(server, entry, request, message, length);
+    while ((parked = af_far_leave(&front->far)) != NULL) {
+        carry_out(server, parked->entry, &parked->request, parked->message, parked->length);
+        free(parked);
+    }
+}
+
+/* Whether it is served here. */
+static bool serve(struct af_server *server, const struct af_request *request, char *message, size_t length) {
+    struct af_front *front = server->context;
+    const struct ae_calls *engine = front->options.engine;
     struct af_entry *entry = af_is_served(request->kind) ? af_table_enter(&front->table, request->node) : NULL;
     if (entry == NULL)
         return false;
     struct af_result result;
     bool reads = request->kind == AF_READ;
-    if (!reads || !af_serve_nowait(front->options.engine, entry, request, buffer, &result)) {
-        if (reads || request->kind == AF_SYNC || front->options.engine->waits(entry->volume))
+    if (reads && af_serve_nowait(engine, entry, request, server->buffer + front->page_bytes, &result)) {
+        af_table_leave(&front->table, entry);
+        if (is_for_composer(request, &result))
+            return false;
+        answer(server, request, &result);
+    } else if (engine->waits(entry->volume)) {
+        carry_out_far(server, entry, request, message, length);
+    } else {
+        if (reads || request->kind == AF_SYNC)
             af_call_waits(server);
-        af_serve(front->options.engine, entry, request, buffer, &result);
+        carry_out(server, entry, request, message, length);
     }
-    af_table_leave(&front->table, entry);
-    if (request->kind == AF_SYNC && result.error == -EAGAIN)
-        return false;
-    af_answer(front->options.device, request->unique, result.error, result.data, result.length);
     return true;
 }
 
@@ -154,16 +229,9 @@ static void handle(struct af_server *server, char *message, size_t length) {
     int error = af_parse(message, length, front->options.request_bytes, &request);
     if (error == -EBADMSG || (error == 0 && request.kind == AF_INTERRUPT))
         return;
-    if (error == 0) {
-        /* The request was read whole: what a read finds goes over it. */
-        if (serve(server, &request, server->buffer + front->page_bytes)) {
-            count(&server->served);
-            return;
-        }
-        error = forward(front, &request, message, length);
-        count(&server->forwarded);
-    }
-    if (error < 0 && error != -ESHUTDOWN && request.answered)
+    if (error == 0 && !serve(server, &request, message, length))
+        pass_on(server, &request, message, length);
+    if (error < 0 && request.answered)
         af_answer(front->options.device, request.unique, error, NULL, 0);
 }
 
@@ -290,9 +358,14 @@ static void stop_receiver(int socket, pthread_t thread) {
 
 /* What was made already is taken back when the next thing fails. */
 static int init_parts(struct af_front *front) {
-    int result = af_table_init(&front->table);
+    int result = af_far_init(&front->far);
     if (result < 0)
         return result;
+    result = af_table_init(&front->table);
+    if (result < 0) {
+        af_far_destroy(&front->far);
+        return result;
+    }
     result = af_pending_init(&front->pending);
     if (result == 0) {
         size_t buffer_bytes = front->page_bytes + front->options.request_bytes;
@@ -302,6 +375,7 @@ static int init_parts(struct af_front *front) {
         af_pending_destroy(&front->pending);
     }
     af_table_destroy(&front->table);
+    af_far_destroy(&front->far);
     return result;
 }
 
@@ -309,6 +383,7 @@ static void destroy_parts(struct af_front *front) {
     af_seats_destroy(&front->seats);
     af_pending_destroy(&front->pending);
     af_table_destroy(&front->table);
+    af_far_destroy(&front->far);
 }
 
 /* The answer waits in the socket until the relay runs. */
