@@ -12,7 +12,7 @@ from archipfs.config import BackendConfig, Config, load_config
 from archipfs.daemon.client import connect
 from archipfs.daemon.commands import call
 from archipfs.daemon.node import create_backend, create_default_backend, exclusive, open_node
-from archipfs.errors import AlreadyExists, Busy, DaemonError, InvalidConfig
+from archipfs.errors import AlreadyExists, Busy, DaemonError, InvalidConfig, StoreUnavailable
 
 
 @pytest.fixture
@@ -107,3 +107,34 @@ def test_one_identity_is_not_used_by_two_processes_although_their_run_directorie
     first = exclusive(config, holder={"pid": 4711, "mountpoint": "/mnt/a"})
     with first, pytest.raises(Busy, match=r"process 4711, mounted at /mnt/a"):
         exclusive(other, holder={"pid": 1}).__enter__()
+
+
+def test_a_backend_that_is_away_keeps_nobody_from_the_others(config: Config, tmp_path: Path) -> None:
+    config = create_backend(config, BackendConfig("far", "file", {"path": str(tmp_path / "far")}))
+    with open_node(config) as node:
+        call(node, "volume-create", {"name": "near", "size": 1 << 20})
+        call(node, "volume-create", {"name": "distant", "size": 1 << 20, "backend": "far"})
+    (tmp_path / "far").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreUnavailable, match="backend far"), open_node(config):
+        pass
+    with open_node(config, all_backends=False) as node:
+        assert node.composer.find("near").record.name == "near"
+        with pytest.raises(StoreUnavailable, match="backend far"):
+            node.composer.find("distant")
+        with pytest.raises(StoreUnavailable, match="backend far"):
+            call(node, "volume-create", {"name": "distant", "size": 1 << 20})
+        shown = node.composer.volumes()
+        assert next(shown).record.name == "near"
+        with pytest.raises(StoreUnavailable, match="backend far"):
+            next(shown)
+        assert [each["available"] is None for each in call(node, "backend-list", {})] == [False, True]
+        (tmp_path / "elsewhere").rename(tmp_path / "far")
+        node.look_for_away()
+        assert sorted(str(each.record.name) for each in node.composer.volumes()) == ["distant", "near"]
+
+
+def test_the_backend_that_volumes_are_made_in_has_to_be_there(config: Config, tmp_path: Path) -> None:
+    config = create_backend(config, BackendConfig("far", "file", {"path": str(tmp_path / "far")}))
+    Path(config.backends["default"].options["path"]).rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreUnavailable, match="backend default"), open_node(config, all_backends=False):
+        pass

@@ -5,6 +5,7 @@ Nothing here mounts again to get well: one mount, and the files that are open in
 
 import errno
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeInstance
-from tests.lib.ceph import POOL, Cluster, cluster
-from tests.lib.instance import Instance
+from tests.lib.ceph import CEPH_DEV, POOL, Cluster, cluster
+from tests.lib.instance import Instance, kill_process
 from tests.lib.stream import Stream
 from tests.lib.volumes import SECTOR_BYTES, create, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
@@ -73,6 +74,28 @@ def within(most: float, least: float = 0.0) -> Iterator[None]:
     yield
     took = time.monotonic() - started
     assert least <= took <= most, f"it took {took:.1f} s, not {least:.1f} to {most:.1f}"
+
+
+@contextmanager
+def restoring(faulty: Cluster) -> Iterator[Callable[[], None]]:
+    """A function that has the cluster started again, by a process that is there already.
+
+    One that is started when no daemon serves would wait for it: it closes the files that it has from us.
+    """
+    command = ["sh", "-c", 'read -r _ && exec "$0" up "$1"', CEPH_DEV, faulty.directory]
+    shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert shell.stdin is not None
+    pipe = shell.stdin
+
+    def restore() -> None:
+        pipe.write(b"\n")
+        pipe.flush()
+
+    try:
+        yield restore
+    finally:
+        pipe.close()
+        shell.wait(60)
 
 
 def write_on(descriptor: int, stream: Stream) -> Task:
@@ -147,14 +170,15 @@ def test_a_daemon_that_is_killed_while_the_cluster_is_away_goes_on_when_it_is_ba
         pytest.skip("this kernel has no FUSE_NOTIFY_RESEND")
     volume = create(mount.path / "vm", VOLUME_BYTES)
     stream = Stream(1, 0, 1000)
-    with opened(volume) as descriptor:
+    osd = faulty.daemons()["osd.0"]
+    with restoring(faulty) as restore, opened(volume) as descriptor:
         with threads([write_on(descriptor, stream)], seconds=PATIENT):
             goes_on(stream)
             mount.kill_daemon()
             goes_on(stream)
-            faulty.kill("osd.0")
+            kill_process(osd)
             mount.kill_daemon()
-            faulty.restore()
+            restore()
             goes_on(stream)
             mount.archip("upgrade")
             goes_on(stream)
