@@ -72,6 +72,10 @@ class StoreUnavailable(StoreError):
     """The store cannot be reached, or did not answer in time."""
 
 
+class StoreAway(StoreUnavailable):
+    """Asking again at once is of no use: it did not answer in all the time that it is given, or it was deleted."""
+
+
 class ShutOut(StoreError):
     """The store takes nothing from this process any more, since somebody has broken a lock that it had."""
 

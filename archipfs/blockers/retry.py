@@ -1,8 +1,8 @@
 """A wrapper that repeats what failed because the store could not be reached.
 
 Only ``StoreUnavailable`` is repeated, and ``ShutOut`` where somebody says when (``while_shut_out``): a full disk, a
-missing object or a conflict stays what it is. Three calls need more than that (``delete_record`` does not: deleting
-what is gone succeeds):
+missing object or a conflict stays what it is, and a store that is away (``StoreAway``) has been given its time. Three
+calls need more than that (``delete_record`` does not: deleting what is gone succeeds):
 
 ``put_record``
     The record is read before anything else is done. At the expected version: nothing happened, or has not happened yet;
@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from archipfs.blockers.contract import Blocker, DataObject, Record, Space, VersionPaths
-from archipfs.errors import AlreadyExists, Conflict, ShutOut, StoreUnavailable
+from archipfs.errors import AlreadyExists, Conflict, ShutOut, StoreAway, StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -44,13 +44,18 @@ class RetryPolicy:
     clock: Callable[[], float] = time.monotonic
 
     def run(self, action: Callable[[int], T]) -> T:
-        """The result of ``action(number of the attempt, from 0)``; its last ``StoreUnavailable`` when that is all."""
+        """The result of ``action(number of the attempt, from 0)``; its last ``StoreUnavailable`` when that is all.
+
+        A ``StoreAway`` is always the last one.
+        """
         deadline_s = self.clock() + self.time_limit_s
         delay_s = self.delay_s
         attempt = 0
         while True:
             try:
                 return action(attempt)
+            except StoreAway:
+                raise
             except StoreUnavailable as error:
                 attempt += 1
                 if attempt >= self.attempts or self.clock() + delay_s > deadline_s:

@@ -148,6 +148,8 @@ class Recovery(Volumes):
                 try:
                     with self.using(found) as opened:
                         log.info("recovered", volume=record.name, size=opened.size)
+                except NotFound:
+                    continue  # removed since the volumes were listed
                 except ArchipError as error:
                     log.error("not recovered", volume=record.name, error=str(error))
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from archipfs.blockers.rados import index as index_module
@@ -13,12 +13,13 @@ from archipfs.blockers.rados.index import Index
 from archipfs.blockers.rados.records import Records, decode
 from archipfs.errors import AlreadyExists, Conflict, ObjectDamaged
 from tests.blockers.fake_omap import CONNECTION, FakeOmap
+from tests.lib.searching import searching
 
 SCHEDULES = st.lists(st.integers(0, 3), max_size=40)
 DEATHS = st.dictionaries(st.integers(0, 3), st.integers(0, 6), max_size=2)
 
 
-@settings(max_examples=300, deadline=None)
+@searching(300)
 @given(
     kinds=st.lists(st.sampled_from(["put", "delete", "replace"]), min_size=2, max_size=4),
     clock=st.lists(st.integers(1, 30), min_size=1, max_size=20),
@@ -94,7 +95,7 @@ def test_a_record_without_a_version_is_damaged(content: bytes) -> None:
         decode("volume/a", content)
 
 
-@settings(max_examples=300, deadline=None)
+@searching(300)
 @given(
     kinds=st.lists(st.sampled_from(["make", "remove"]), min_size=2, max_size=4),
     there=st.booleans(),

@@ -10,7 +10,7 @@ from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.blockers.file import FileBlocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.blockers.retry import RetryBlocker, RetryPolicy
-from archipfs.errors import AlreadyExists, Conflict, StoreError, StoreFull, StoreUnavailable
+from archipfs.errors import AlreadyExists, Conflict, StoreAway, StoreError, StoreFull, StoreUnavailable
 from tests.blockers.conformance import Conformance, Store
 
 
@@ -89,8 +89,8 @@ def test_flush_is_never_repeated() -> None:
     assert inner.calls == 3
 
 
-@pytest.mark.parametrize("error", [StoreError, StoreFull])
-def test_only_unavailable_is_repeated(error: type[StoreError]) -> None:
+@pytest.mark.parametrize("error", [StoreError, StoreFull, StoreAway])
+def test_only_what_may_help_is_repeated(error: type[StoreError]) -> None:
     inner = FaultBlocker(MemoryBlocker(), FaultPlan(error_at=1, error=error))
     with pytest.raises(error):
         RetryBlocker(inner, AT_ONCE).put("pack/a", b"x")

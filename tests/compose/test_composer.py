@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from archipfs.blockers.fault import Moment
 from archipfs.compose import volumes as volumes_module
@@ -31,6 +32,7 @@ from archipfs.errors import (
     TooLarge,
 )
 from archipfs.map.check import Severity
+from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, VolumeRecord
 from archipfs.types import SECTOR_BYTES, SIZE_BYTES_MAX, VOLUME_BYTES_MAX, VolumeId
 from tests.compose.interleave import NEVER, Schedule, SteppedBlocker
@@ -556,6 +558,27 @@ def test_a_crash_keeps_the_lock_and_the_same_node_goes_on(world: World, composer
     again = world.recovered()
     assert content_of(again, "vm") == pattern(2) + CONTENT[SECTOR_BYTES:]
     assert again.lock_of(again.find("vm")) is None
+
+
+def test_a_volume_that_is_removed_while_it_is_to_be_recovered_is_just_gone(
+    world: World, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composer.open(composer.find("vm")).write(0, pattern(2))
+    composer.abandon()
+    again = world.composer()
+    is_hidden = again.is_hidden
+
+    def remove_it_first(mapper: Mapper, record: VolumeRecord) -> bool:
+        monkeypatch.undo()
+        again.remove("vm")
+        return is_hidden(mapper, record)
+
+    monkeypatch.setattr(again, "is_hidden", remove_it_first)
+    with capture_logs() as logged:
+        again.recover()
+    assert not [entry for entry in logged if entry["log_level"] == "error"]
+    assert [found.record.name for found in again.volumes()] == ["snap"]
+    assert world.check() == []
 
 
 # A store that fails

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from archipfs.blockers.contract import DataObject
@@ -21,6 +21,7 @@ from archipfs.errors import StoreError, StoreUnavailable
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
 from tests.compose.test_sealed import noise
 from tests.compose.world import World
+from tests.lib.searching import searching
 
 STORE = "1" * 32
 BLOCK_BYTES = 65536
@@ -144,7 +145,7 @@ def mishap(rig: Rig, what: str, number: int, offset: int, value: int) -> None:
         rig.restart()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@searching(60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(READ, READ, READ, MISHAP), max_size=40), st.sampled_from([0, 600_000, 64 << 20]))
 def test_reads_are_right_whatever_happens_to_the_files(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step], bytes_max: int

@@ -11,7 +11,7 @@ from typing import Any, Self
 from archipfs.blockers.rados.binding import load_rados
 from archipfs.blockers.rados.failures import UNREACHABLE, store_error
 from archipfs.blockers.rados.settings import Settings
-from archipfs.errors import ArchipError, StoreError, StoreUnavailable
+from archipfs.errors import ArchipError, StoreAway, StoreError, StoreUnavailable
 
 ALSO_WHEN_FULL = 128
 """LIBRADOS_OPERATION_FULL_FORCE, which the binding has no name for: not refused by a full pool, only by a full OSD."""
@@ -41,6 +41,7 @@ class Connection:
             self.main = self.open_ioctx(settings.namespace)
             """The store's namespace."""
             self.packs = self.open_ioctx(f"{settings.namespace}.packs")
+            self._pool_id = self._cluster.pool_lookup(settings.pool)
         except BaseException:
             self._cluster.shutdown()
             raise
@@ -160,7 +161,28 @@ class Connection:
         number = -error if isinstance(error, int) else errno_of(error)
         if number == errno.ESHUTDOWN:
             self.is_shut_out = True
+        if number == errno.ENOENT and not self._has_pool():
+            return self._pool_deleted(doing)
         return store_error(number, doing)
+
+    def require_pool(self, doing: str) -> None:
+        """To be asked wherever a missing object is no error: of a pool that was deleted, all are missing.
+
+        Raises ``StoreAway``.
+        """
+        if not self._has_pool():
+            raise self._pool_deleted(doing)
+
+    def _has_pool(self) -> bool:
+        """By the newest map of the cluster that we have seen, without asking it. Whoever is told of a missing object
+        has seen one that is new enough."""
+        return self._cluster.pool_reverse_lookup(self._pool_id) is not None
+
+    def _pool_deleted(self, doing: str) -> StoreAway:
+        return StoreAway(
+            f"{doing}: the pool {self.settings.pool} was deleted, and what was in it is lost; unless there is a copy, "
+            "take the backend out with `archip backend-remove --keep-data`"
+        )
 
     # The monitors
 

@@ -13,6 +13,7 @@ from archipfs.errors import (
     ObjectDamaged,
     ObjectMissing,
     ShutOut,
+    StoreAway,
     StoreError,
     StoreFull,
     StoreUnavailable,
@@ -30,6 +31,7 @@ UNREACHABLE = (
     errno.ECONNABORTED,
     errno.EAGAIN,
 )
+_ANSWERS = "check with `ceph status` that the cluster answers"
 _ERRORS: dict[int, tuple[type[ArchipError], str]] = {
     errno.ENOENT: (ObjectMissing, "check the store with `archip check`"),
     errno.EEXIST: (AlreadyExists, "use another key"),
@@ -47,7 +49,10 @@ _ERRORS: dict[int, tuple[type[ArchipError], str]] = {
     errno.EUCLEAN: (ObjectDamaged, "its header is damaged; check the store with `archip check`"),
     errno.EPROTONOSUPPORT: (FormatTooNew, "it was written by a later archipfs; use that one"),
     errno.ENOPKG: (StoreUnavailable, "apt install librados2"),
-} | dict.fromkeys(UNREACHABLE, (StoreUnavailable, "check with `ceph status` that the cluster answers"))
+}
+_ERRORS |= dict.fromkeys(UNREACHABLE, (StoreUnavailable, _ANSWERS))
+# librados has asked again and again until then, as long as the backend's options say.
+_ERRORS[errno.ETIMEDOUT] = (StoreAway, _ANSWERS)
 
 
 def store_error(number: int, doing: str) -> ArchipError:

@@ -58,6 +58,7 @@ def read(connection: Connection, ioctx: Any, shard: str, names: Sequence[str], d
         try:
             ioctx.operate_read_op(operation, shard)
         except connection.rados.ObjectNotFound:
+            connection.require_pool(doing)
             return {}
         return dict(found)
 
@@ -91,6 +92,7 @@ def change(
         try:
             ioctx.operate_write_op(operation, shard, flags=ALSO_WHEN_FULL)
         except rados.ObjectNotFound:
+            connection.require_pool(doing)
             return False
         except rados.Error as error:
             if errno_of(error) != errno.ECANCELED:
@@ -134,6 +136,7 @@ class _Page:
 
     def entries(self, connection: Connection, doing: str) -> list[tuple[str, bytes]]:
         if self._result == -errno.ENOENT:
+            connection.require_pool(doing)
             return []
         if self._result < 0:
             raise connection.store_error(self._result, doing)

@@ -72,11 +72,12 @@ class Packs:
         key = f"{kind}/{ident}"
 
         def remove() -> None:
-            with self._connection.call(f"deleting {key}"):
+            doing = f"deleting {key}"
+            with self._connection.call(doing):
                 try:
                     self._connection.packs.remove_object(key)
                 except self._connection.rados.ObjectNotFound:
-                    return
+                    self._connection.require_pool(doing)
 
         self._index.remove(kind, ident, remove)
 
@@ -135,6 +136,8 @@ class _Look:
         self._result = result_of(self._completion)
 
     def found(self, connection: Connection, doing: str) -> bool:
-        if self._result < 0 and self._result != -errno.ENOENT:
+        if self._result == -errno.ENOENT:
+            connection.require_pool(doing)
+        elif self._result < 0:
             raise connection.store_error(self._result, doing)
         return self._result >= 0

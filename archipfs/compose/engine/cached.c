@@ -132,30 +132,42 @@ static struct ae_cache_file *keep(const struct ae_flight *flight) {
     return file;
 }
 
-/* By its pilot: without the lock, and with the hold that was the queue's. */
-static void fly(struct ae_flight *flight, bool ahead) {
-    struct cached *cached = flight->cached;
-    struct ae_cache *cache = cached->cache;
-    struct ae_cache_file *file = NULL;
-    int result = -ENOMEM;
-    flight->bytes = malloc(flight->length);
-    if (flight->bytes != NULL)
-        result = ae_object_read_within(&cached->source, flight->bytes, flight->length, flight->offset);
-    if (result == 0)
-        file = keep(flight);
-
+/* Let the passengers go. With an error, whoever comes next tries again. */
+static void land(struct ae_flight *flight, int result, bool ahead) {
+    struct ae_cache *cache = flight->cached->cache;
     pthread_mutex_lock(&cache->lock);
     flight->result = result;
     flight->state = FLIGHT_LANDED;
-    flight_unlist(flight);
-    if (file != NULL)
-        ae_cache_charge(cache, cached->entry, file);
     if (result == 0) {
         cache->counts.fetches++;
         cache->counts.fetched_bytes += flight->length;
         cache->counts.ahead_bytes += ahead ? flight->length : 0;
+    } else {
+        flight_unlist(flight);
     }
     pthread_cond_broadcast(&flight->landed);
+    pthread_mutex_unlock(&cache->lock);
+}
+
+/*
+ * By its pilot: without the lock, and with the hold that was the queue's. Passengers do not wait for the disk; until it
+ * has the blocks, whoever needs one finds the flight, which has landed.
+ */
+static void fly(struct ae_flight *flight, bool ahead) {
+    struct cached *cached = flight->cached;
+    struct ae_cache *cache = cached->cache;
+    int result = -ENOMEM;
+    flight->bytes = malloc(flight->length);
+    if (flight->bytes != NULL)
+        result = ae_object_read_within(&cached->source, flight->bytes, flight->length, flight->offset);
+    land(flight, result, ahead);
+    if (result < 0)
+        return;
+    struct ae_cache_file *file = keep(flight);
+    pthread_mutex_lock(&cache->lock);
+    flight_unlist(flight);
+    if (file != NULL)
+        ae_cache_charge(cache, cached->entry, file);
     pthread_mutex_unlock(&cache->lock);
     if (file != NULL) {
         ae_cache_file_release(file);

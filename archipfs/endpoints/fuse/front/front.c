@@ -138,9 +138,14 @@ static void pass_on(struct af_server *server, const struct af_request *request, 
         af_answer(front->options.device, request->unique, error, NULL, 0);
 }
 
+/* Whoever has a disk open is not told that it is not there, or what it lies in. */
+static int outward(int error) {
+    return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error;
+}
+
 static void answer(struct af_server *server, const struct af_request *request, const struct af_result *result) {
     const struct af_front *front = server->context;
-    af_answer(front->options.device, request->unique, result->error, result->data, result->length);
+    af_answer(front->options.device, request->unique, outward(result->error), result->data, result->length);
     count(&server->served);
 }
 
