@@ -365,6 +365,30 @@ def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_wh
     assert [back.ended(), first.ended(), second.ended()] == [None] * 3
 
 
+@pytest.mark.parametrize("name", ["flush", "freeze", "grow", "shrink"])
+def test_who_waits_for_a_volume_while_it_is_lost_changes_nothing_of_it(nodes: Nodes, name: str) -> None:
+    """It began before, and goes on when we are back in the store."""
+    (vm1,) = nodes.make("vm1")
+    vm1.write(3 * MIB, pattern(2))
+    vm1.engine.flush()  # all is durable but the size
+    actions: dict[str, Callable[[], object]] = {
+        "flush": vm1.flush,
+        "freeze": vm1.freeze,
+        "grow": lambda: vm1.resize(4 * MIB),
+        "shrink": lambda: vm1.resize(MIB // 2),
+    }
+    with vm1.control:
+        late = Call(actions[name]).began()
+        assert late.waits()
+        nodes.two.unlock("vm1", force=True)
+        nodes.two.resize(nodes.two.find("vm1"), 2 * MIB)
+        before = [*MemoryBlocker(nodes.store).list_records("volume"), *MemoryBlocker(nodes.store).list_records("layer")]
+        assert nodes.one.watch_locks() == [vm1.id]
+    assert isinstance(late.ended(), Fenced)
+    after = [*MemoryBlocker(nodes.store).list_records("volume"), *MemoryBlocker(nodes.store).list_records("layer")]
+    assert after == before
+
+
 def test_a_store_that_cannot_be_reached_is_tried_again(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     vm1, vm2 = nodes.make("vm1", "vm2")
     nodes.two.unlock("vm1", force=True)
