@@ -7,7 +7,8 @@ one of its locks. Coming back is:
 2. *Look, and claim* by the new client what still is ours (``Locks.claim_again``): from then on, whoever breaks such a
    lock shuts the new client out too.
 3. *Cast out* the volumes whose locks are lost: their engines are fenced, what is under way on them fails, and we wait
-   until nobody is at work with them, so that nothing of that goes on by the new client.
+   until nobody is at work with them, so that nothing of that goes on by the new client. Who is not done after ten
+   seconds waits for another of our volumes (a copy does), and changes nothing of the lost one when he goes on.
 4. *Adopt* the new client. Records and everything that is only read go on.
 5. *Claim anew*: what waited on our other volumes goes on, and nothing about it has failed.
 
@@ -41,7 +42,7 @@ OUTSIDE_SECONDS = 60.0
 """How long a call of the store waits until we are back."""
 LEAVING_SECONDS = 5.0
 """How long those at work with a lost volume are waited for, before nobody is let wait for the store any more: they may
-be waiting for one who does."""
+be waiting for one who does. And how long after that."""
 
 
 @dataclass(slots=True)
@@ -162,8 +163,8 @@ class Returning(Volumes):
     def _cast_out(
         self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]
     ) -> list[OpenVolume]:
-        """Fence these volumes, and return when nobody is at work with them any more that began before. Who has one
-        open is to be settled with."""
+        """Fence these volumes, and wait a while until nobody is at work with them any more that began before. Who has
+        one open is to be settled with."""
         opened_all = []
         for volume in volumes:
             lost.append(volume)
@@ -179,13 +180,22 @@ class Returning(Volumes):
         with outside.changed:
             outside.changed.notify_all()
         for opened in opened_all:
-            while not opened.control.acquire(timeout=LEAVING_SECONDS):
+            if not self._has_been_left(opened, outside):
+                # He may be waiting for another volume, which waits for us. Of this one he changes nothing any more
+                # (``OpenVolume._change``), and he is waited for in the end.
                 log.warning("somebody is still at work with a lost volume", volume=opened.id)
-                with outside.changed:
-                    outside.hurried = True
-                    outside.changed.notify_all()
-            opened.control.release()
         return opened_all
+
+    def _has_been_left(self, opened: OpenVolume, outside: _Outside) -> bool:
+        """Wait until nobody is at work with the volume, and after a while no more."""
+        if not opened.control.acquire(timeout=LEAVING_SECONDS):
+            with outside.changed:
+                outside.hurried = True
+                outside.changed.notify_all()
+            if not opened.control.acquire(timeout=LEAVING_SECONDS):
+                return False
+        opened.control.release()
+        return True
 
     def _see_out(self, gone: Iterable[OpenVolume]) -> None:
         for opened in gone:
@@ -198,9 +208,12 @@ class Returning(Volumes):
         outside = self._outside[mapper.backend]
         deadline = time.monotonic() + OUTSIDE_SECONDS
         with outside.changed:
-            while mapper.blocker.is_shut_out:
+            while True:
+                # Also when we are back: what it was refused, the volume's next owner may do.
                 if self._is_for_lost():
                     raise Fenced("the lock of a volume that this is about was broken by another node") from error
+                if not mapper.blocker.is_shut_out:
+                    return
                 if outside.hurried:
                     raise StoreError("given up, since others wait for it who must not go on; try again") from error
                 left = deadline - time.monotonic()

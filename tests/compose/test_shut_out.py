@@ -14,6 +14,7 @@ import pytest
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker, MemoryStore
 from archipfs.blockers.retry import RetryBlocker
+from archipfs.compose import returning
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
@@ -341,6 +342,29 @@ def test_what_waits_for_a_kept_volume_goes_on_before_the_lost_one_is_seen_out(no
     assert copier.waits_for.waits()
     assert nodes.one.watch_locks() == [vm1.id]
     assert copier.waits_for.ended() is None
+
+
+def test_who_is_at_work_with_a_lost_volume_and_waits_for_a_kept_one_is_not_waited_for_for_ever(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy that becomes a clone is, which has the ``control`` of both."""
+    monkeypatch.setattr(returning, "LEAVING_SECONDS", 0.05)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+
+    def copy() -> None:
+        with vm1.control:
+            vm2.write(0, pattern(3))
+            vm1.freeze()
+
+    nodes.two.unlock("vm1", force=True)
+    before = list(MemoryBlocker(nodes.store).list_records("volume"))
+    copying = Call(copy).began()
+    assert copying.waits()
+    back = Call(nodes.one.watch_locks).began()
+    assert back.ended() is None
+    assert isinstance(copying.ended(), Fenced)
+    assert vm2.read(0, SECTOR_BYTES) == pattern(3)
+    assert list(MemoryBlocker(nodes.store).list_records("volume")) == before
 
 
 def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
