@@ -789,8 +789,8 @@ class OpenVolume:
         return min(self.record.visible, engine.parent_visible) if size > self.record.size else self.record.visible
 
     def _change(self, **fields: object) -> None:
-        """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile, or if
-        it was lost while we waited for ``control``: a store that shut us out takes calls again once we are back."""
+        """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile, or
+        if it was lost while we waited for ``control``: a store that shut us out takes calls again once we are back."""
         if self._fenced:
             raise self._fenced_error()
         head = self.record.layer
