@@ -70,6 +70,8 @@ class Returning(Volumes):
         super().__init__(mappers, live, sealed, default_backend)
         self._outside = {name: _Outside() for name in mappers}
         self._watching_stores = False
+        self._returning = threading.Lock()
+        """One at a time. Before everything else."""
 
     def add_backend(self, mapper: Mapper, sealed: SealedStore) -> None:
         self._outside[mapper.backend] = _Outside()
@@ -92,8 +94,12 @@ class Returning(Volumes):
 
         What fails is logged, and tried again at the next call.
         """
+        with self._returning:
+            return self._return_to_stores()
+
+    def _return_to_stores(self) -> list[VolumeId]:
         lost: list[VolumeId] = []
-        for mapper in self._mappers.values():
+        for mapper in list(self._mappers.values()):
             if mapper.blocker.shuts_out:
                 outside = self._outside[mapper.backend]
                 outside.watcher = threading.get_ident()

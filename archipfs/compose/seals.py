@@ -21,7 +21,7 @@ from archipfs.compose.sealing import (
     unheeded,
 )
 from archipfs.compose.volumes import Found
-from archipfs.errors import ArchipError, ObjectMissing
+from archipfs.errors import ArchipError, Fenced, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.reclaim import delete_objects
 from archipfs.map.records import LayerRecord, Sealed, VolumeRecord
@@ -196,6 +196,8 @@ class Seals(Making):
                 continue  # whoever is at work with it comes to its layers' records himself
             try:
                 opened.go_over_to_seal()
+            except Fenced:
+                continue  # it reads no more
             except ArchipError as error:
                 log.error("not looked for seals, it is tried again", volume=opened.id, error=str(error))
             finally:

@@ -15,7 +15,7 @@ from archipfs.compose.engine import CacheStatistics
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import EngineUser, Home, OpenVolume
-from archipfs.errors import AlreadyExists, Busy, NotFound, ObjectMissing, ReadOnlyVolume
+from archipfs.errors import AlreadyExists, Busy, NotFound, ObjectMissing, ReadOnlyVolume, StoreUnavailable
 from archipfs.map.mapper import Mapper
 from archipfs.map.names import check_name
 from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
@@ -63,6 +63,8 @@ class Volumes:
         self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
+        self.away: Mapping[str, StoreUnavailable] = {}
+        """Backends that are configured and could not be opened yet, and why. Replaced and never changed."""
         self._reclaim_wanted = False
 
     def add_engine_user(self, user: EngineUser) -> None:
@@ -77,6 +79,7 @@ class Volumes:
         self._live = {**self._live, name: self._live_bitmaps.of(mapper.store.id)}
         self._sealed = {**self._sealed, name: sealed}
         self._mappers = {**self._mappers, name: mapper}
+        self.away = {other: why for other, why in self.away.items() if other != name}
 
     def drop_backend(self, name: str) -> tuple[Mapper, SealedStore]:
         """Use it no more; returns what ``add_backend`` takes. Raises ``Busy`` if a volume of it is open."""
@@ -113,13 +116,21 @@ class Volumes:
         return next((sealed.pack_cache() for sealed in self._sealed.values()), None)
 
     def find(self, name: str) -> Found:
-        """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name."""
+        """Raises ``NotFound``, and ``InvalidName`` for what cannot be a name.
+
+        A backend that is away keeps nobody from what lies in others. Raises ``StoreUnavailable`` if that leaves it open
+        whether there is such a volume.
+        """
         check_name(name)
+        away = next(iter(self.away.values()), None)
         for mapper in self._mappers.values():
-            found = mapper.find(name)
-            if found is not None and not self.is_hidden(mapper, found.record):
-                return Found(mapper, self._as_open(found.record))
-        raise NotFound(f"no volume is called {name}; see `archip volume-list`")
+            try:
+                found = mapper.find(name)
+                if found is not None and not self.is_hidden(mapper, found.record):
+                    return Found(mapper, self._as_open(found.record))
+            except StoreUnavailable as error:
+                away = away or error
+        raise away or NotFound(f"no volume is called {name}; see `archip volume-list`")
 
     def find_by_id(self, volume: VolumeId) -> Found:
         """Also finds a volume that was removed and is still open. Raises ``NotFound``."""
@@ -134,11 +145,18 @@ class Volumes:
 
     def _stored(self, volume: VolumeId) -> Found | None:
         """The volume of that id, removed or not, that is no hidden replica; where it lives on if it was moved."""
+        away = next(iter(self.away.values()), None)
         for mapper in self._mappers.values():
-            found = mapper.catalog.get(VolumeRecord, volume)
-            if found is None or found.record.moved_to is not None or self.is_hidden(mapper, found.record):
-                continue
-            return Found(mapper, found.record)
+            try:
+                found = mapper.catalog.get(VolumeRecord, volume)
+                if found is None or found.record.moved_to is not None or self.is_hidden(mapper, found.record):
+                    continue
+            except StoreUnavailable as error:
+                away = away or error
+            else:
+                return Found(mapper, found.record)
+        if away is not None:
+            raise away
         return None
 
     def is_hidden(self, mapper: Mapper, record: VolumeRecord) -> bool:
@@ -158,13 +176,24 @@ class Volumes:
         return self.find_by_id(found.record.id) if found.record.id in self._table.ever_open else found
 
     def volumes(self) -> Iterator[Found]:
-        """All volumes, in no order; each name once, as ``find`` finds it."""
+        """All volumes, in no order; each name once, as ``find`` finds it.
+
+        Raises ``StoreUnavailable`` at the end, behind all that can be had, if a backend is away.
+        """
         seen = set()
+        away = next(iter(self.away.values()), None)
         for mapper in self._mappers.values():
-            for found in mapper.volumes():
-                if found.record.name not in seen and not self.is_hidden(mapper, found.record):
-                    seen.add(found.record.name)
-                    yield Found(mapper, self._as_open(found.record))
+            try:
+                shown = [each.record for each in mapper.volumes() if not self.is_hidden(mapper, each.record)]
+            except StoreUnavailable as error:
+                away = away or error
+                continue
+            for record in shown:
+                if record.name not in seen:
+                    seen.add(record.name)
+                    yield Found(mapper, self._as_open(record))
+        if away is not None:
+            raise away
 
     def volumes_in(self, backend: str) -> Iterator[Found]:
         """All that lie in one backend, in no order, also those that no name leads to from here."""
@@ -391,8 +420,10 @@ class Volumes:
     # Helpers
 
     def mapper(self, backend: str | None = None) -> Mapper:
-        """Raises ``NotFound`` for a backend that is not configured."""
+        """Raises ``NotFound`` for a backend that is not configured, ``StoreUnavailable`` for one that is away."""
         name = backend or self._default_backend
+        if name in self.away:
+            raise self.away[name]
         if name not in self._mappers:
             raise NotFound(f"no backend is called {name}; see `archip backend-list`")
         return self._mappers[name]

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from archipfs.compose.composer import Found, Made
 from archipfs.compose.describe import describe, describe_lock, summary
 from archipfs.compose.diff import bitmap, check_granularity, differing_runs
 from archipfs.compose.hashing import hash_volume
 from archipfs.compose.sealing import mask_bits
 from archipfs.compose.sparse_file import SparseFile
+from archipfs.config import BackendConfig
 from archipfs.daemon.node import Node, refuse_last
-from archipfs.errors import Busy, DaemonError, NotFound, ObjectDamaged, ObjectMissing
+from archipfs.errors import Busy, DaemonError, NotFound, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.catalog import Versioned
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.pithos import top_hash
@@ -27,6 +30,8 @@ from archipfs.types import Digest, RequestId
 
 if TYPE_CHECKING:
     from archipfs.map.space import Space
+
+log = structlog.get_logger()
 
 PAUSE_SECONDS = 0.1
 """A command that is slowed down sees that often whether it is to end."""
@@ -241,7 +246,17 @@ def volume_diff(node: Node, sent: Sent, one: str, other: str, granularity: int |
 
 
 def backend_list(node: Node) -> list[Answer]:
-    return [_backend(node, mapper) for mapper in node.composer.mappers.values()]
+    """All that are configured; nobody knows how much room there is in those that cannot be reached."""
+    return [_backend_or_away(node, backend) for backend in node.config.backends.values()]
+
+
+def _backend_or_away(node: Node, backend: BackendConfig) -> Answer:
+    try:
+        return _backend(node, node.composer.mapper(backend.name))
+    except StoreError as error:
+        log.warning("backend cannot be looked at", backend=backend.name, error=str(error))
+        place = backend.options.get("path") or backend.options.get("pool")
+        return {"name": backend.name, "driver": backend.driver, "place": place, "total": None, "available": None}
 
 
 def backend_attach(node: Node, name: str) -> Answer:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import structlog
+
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.registry import create_blocker, open_blocker
 from archipfs.blockers.retry import RetryBlocker
@@ -28,10 +30,21 @@ from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
 from archipfs.config import DEFAULT_BACKEND, BackendConfig, Config, forget_backend, load_config, save_backend
 from archipfs.daemon.upkeep import Upkeep
-from archipfs.errors import AlreadyExists, ArchipError, Busy, InvalidConfig, InvalidInput, NotFound, StoreError
+from archipfs.errors import (
+    AlreadyExists,
+    ArchipError,
+    Busy,
+    InvalidConfig,
+    InvalidInput,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from archipfs.map.locks import Node as NodeIdentity
 from archipfs.map.mapper import AS_USUAL, Mapper, StoreOptions, create_store
 from archipfs.map.names import check_name
+
+log = structlog.get_logger()
 
 RUN_LOCK, STATE_LOCK = "run-lock", "state-lock"
 LOCK_WAIT_SECONDS = 5.0
@@ -68,10 +81,26 @@ class Node:
             self.upkeep = {**self.upkeep, name: Upkeep(mapper, sealed, config.state_dir)}
             self.config = replace(self.config, backends={**self.config.backends, name: backend})
 
+    def look_for_away(self) -> None:
+        """Use those of the backends that are away which can be reached again. Waits for each as its driver does."""
+        for name in self.composer.away:
+            try:
+                self.attach(name)
+                self.composer.recover()
+                log.info("a backend is back", backend=name)
+            except StoreUnavailable:
+                continue
+            except ArchipError as error:
+                log.error("a backend is away, it is tried again", backend=name, error=str(error))
+
     def detach(self, name: str) -> None:
         """Take a backend out of the configuration and use it no more. Raises ``Busy`` if a volume of it is open."""
         with self._backends_change:
             refuse_last(self.config, name)
+            if name in self.composer.away:
+                self.config = forget_backend(self.config, name)
+                self.composer.away = {other: why for other, why in self.composer.away.items() if other != name}
+                return
             mapper, sealed = self.composer.drop_backend(name)
             try:
                 self.config = forget_backend(self.config, name)
@@ -158,10 +187,13 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
+def open_node(config: Config, *, recover: bool = True, all_backends: bool = True) -> Iterator[Node]:
     """Bring the node to life and recover from whatever happened before. Call it inside ``exclusive``.
 
     Without ``recover`` that is left to the caller: it takes a while, and may be done beside everything else.
+
+    Raises ``StoreUnavailable`` if a backend cannot be reached; without ``all_backends`` only if it is the one in which
+    volumes are made when none is named. Others are noted in ``Composer.away``.
     """
     if not config.backends:
         raise no_backend(config)
@@ -170,14 +202,22 @@ def open_node(config: Config, *, recover: bool = True) -> Iterator[Node]:
     with _Stores(config) as stores:
         mappers: dict[str, Mapper] = {}
         sealed: dict[str, SealedStore] = {}
+        away: dict[str, StoreUnavailable] = {}
+        default = DEFAULT_BACKEND if DEFAULT_BACKEND in config.backends else next(iter(config.backends))
         for backend in config.backends.values():
-            mappers[backend.name], sealed[backend.name] = stores.open(backend, identity, mappers)
-        default = DEFAULT_BACKEND if DEFAULT_BACKEND in mappers else next(iter(mappers))
+            try:
+                mappers[backend.name], sealed[backend.name] = stores.open(backend, identity, mappers)
+            except StoreUnavailable as error:
+                if all_backends or backend.name == default:
+                    raise
+                away[backend.name] = error
         composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
+        composer.away = away
         if recover:
             composer.recover()
         upkeep = {name: Upkeep(mapper, sealed[name], config.state_dir) for name, mapper in mappers.items()}
         yield Node(config, identity, composer, dict, lambda volume: None, upkeep, stores)
+        composer.return_to_stores()
         composer.close_all()
         composer.reclaim()
 

@@ -87,7 +87,10 @@ def serve(
         if not config.backends:
             config = create_default_backend(config)
         with ExitStack() as stack:
-            node = stack.enter_context(open_node(config)) if kept is None else _open_patiently(config, stack)
+            if kept is None:
+                node = stack.enter_context(open_node(config, all_backends=False))
+            else:
+                node = _open_patiently(config, stack)
             mount = Mount(node.composer, mountpoint, front=front, threads=threads, kept=kept)
             life = _Life(node, mount, ready, locks, inherited.get(CONTROL), since_ns, went_on=kept is not None)
             trio.run(life.live)
@@ -170,6 +173,7 @@ class _Life:
             nursery.start_soon(_watch_locks, node, mount)
             nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
+            nursery.start_soon(_look_for_away, node)
             if node.config.seal.background:
                 nursery.start_soon(_seal_in_background, node)
             if node.config.gc.background:
@@ -180,7 +184,12 @@ class _Life:
         life.cancel()
 
     async def _is_ready(self, control_fd: int) -> None:
-        notes = []
+        notes = [
+            f"{error}; it is tried again, and its volumes are missing until then"
+            for error in self.node.composer.away.values()
+        ]
+        for name, error in self.node.composer.away.items():
+            log.warning("a backend is away", backend=name, error=str(error))
         kept = self.mount.kept
         if kept is not None:
             keep = {DEVICE: kept.device, SESSION: kept.session, CONTROL: control_fd, **self.locks}
@@ -205,9 +214,12 @@ class _Life:
             if number == signal.SIGHUP and self._is_kept():
                 # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
                 with trio.CancelScope(shield=True):
-                    await self.mount.hand_over()
-                log.info("handed over", pid=os.getpid())
-                os._exit(HANDED_OVER_EXIT_CODE)
+                    async with trio.open_nursery() as watch:
+                        # What waits until we are back in a store is to be answered too.
+                        watch.start_soon(_return_to_stores, self.node)
+                        await self.mount.hand_over()
+                        log.info("handed over", pid=os.getpid())
+                        os._exit(HANDED_OVER_EXIT_CODE)
             log.info("stopping", signal=signal.Signals(number).name)
             await self.mount.stop()
 
@@ -275,6 +287,17 @@ async def _seal_in_background(node: Node) -> None:
             log.exception("bug", chore="seal in the background")
 
 
+async def _look_for_away(node: Node) -> None:
+    """Every now and then see whether backends that were away when we began can be reached."""
+    threads = trio.CapacityLimiter(1)
+    while node.composer.away:
+        await trio.sleep(STORE_RETRY_SECONDS)
+        try:
+            await trio.to_thread.run_sync(node.look_for_away, limiter=threads)
+        except Exception:
+            log.exception("bug", chore="look for backends that are away")
+
+
 async def _collect_garbage(node: Node) -> None:
     """Every now and then delete packs that nobody needs."""
     threads = trio.CapacityLimiter(1)
@@ -299,6 +322,16 @@ async def _watch_locks(node: Node, mount: Mount) -> None:
                 await mount.operations.invalidate(inode_of(volume))
         except Exception:
             log.exception("bug", chore="watch locks")
+
+
+async def _return_to_stores(node: Node) -> None:
+    """As ``_watch_locks``, but leaves what is lost to the next daemon, which finds that out when it opens it."""
+    while True:
+        try:
+            await trio.to_thread.run_sync(node.composer.return_to_stores)
+        except Exception:
+            log.exception("bug", chore="return to stores")
+        await trio.sleep(HOUSEKEEPING_SECONDS)
 
 
 def _allow_many_files() -> None:

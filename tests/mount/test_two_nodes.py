@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeInstance
-from tests.lib.instance import Instance
+from tests.lib.ceph import Cluster
+from tests.lib.instance import Instance, instances
 from tests.lib.stream import Stream
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
@@ -27,22 +28,36 @@ CACHED_SECONDS = 3.0
 """How long a node may believe names and attributes that another one has changed, and some more."""
 
 
-@pytest.fixture(params=["front", "plain", "rados"])
-def nodes(request: pytest.FixtureRequest, make_instance: MakeInstance) -> tuple[Instance, Instance]:
-    """Two nodes, both mounted, whose default backend is the same: a directory, with the front or without, or a pool."""
-    if request.param == "rados":
-        pool = request.getfixturevalue("ceph_backend")
-        first, second = make_instance(rados=pool), make_instance(rados=pool)
-    else:
-        first = make_instance(front=request.param == "front")
-        second = make_instance(store=first.store, front=first.front)
-    first.mount()
-    return first, second.mount()
+@pytest.fixture(scope="module")
+def pool_pair(ceph_cluster: Cluster) -> Iterator[tuple[Instance, Instance]]:
+    with instances() as make:
+        pool = ceph_cluster.options()
+        yield make(rados=pool).mount(), make(rados=pool).mount()
 
 
 @pytest.fixture
-def pool_nodes(ceph_backend: dict[str, str], make_instance: MakeInstance) -> tuple[Instance, Instance]:
-    first, second = make_instance(rados=ceph_backend), make_instance(rados=ceph_backend)
+def pool_nodes(pool_pair: tuple[Instance, Instance]) -> Iterator[tuple[Instance, Instance]]:
+    """Two nodes on a pool: the same for all tests, emptied between them."""
+    first, second = pool_pair
+    yield first, second
+    names = os.listdir(second.path)
+    for name in names:
+        closes(second.path / name)
+    problems = [problem for node in (first, second) for problem in node.empty()]
+    for name in names:
+        wait_until(lambda name=name: not (second.path / name).exists(), f"{name} is gone", CACHED_SECONDS)  # type: ignore[misc]
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+
+
+@pytest.fixture(params=["front", "plain", pytest.param("rados", marks=pytest.mark.ceph)])
+def nodes(request: pytest.FixtureRequest, make_instance: MakeInstance) -> tuple[Instance, Instance]:
+    """Two nodes, both mounted, whose default backend is the same: a directory, with the front or without, or a pool."""
+    if request.param == "rados":
+        pair: tuple[Instance, Instance] = request.getfixturevalue("pool_nodes")
+        return pair
+    first = make_instance(front=request.param == "front")
+    second = make_instance(store=first.store, front=first.front)
     first.mount()
     return first, second.mount()
 
@@ -299,6 +314,7 @@ def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance
     theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)
 
 
+@pytest.mark.ceph
 def test_of_three_volumes_one_is_lost_and_the_others_only_pause(pool_nodes: tuple[Instance, Instance]) -> None:
     first, second = pool_nodes
     first.expect_log("fenced|broke|our lock|no more")

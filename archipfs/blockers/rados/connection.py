@@ -59,6 +59,8 @@ class Connection:
             "client_mount_timeout": str(settings.timeout_s),
             "rados_mon_op_timeout": str(settings.timeout_s),
             "rados_osd_op_timeout": str(settings.operation_timeout_s),
+            "objecter_timeout": str(settings.patience_s),
+            "objecter_tick_interval": str(settings.patience_s),
             # What goes wrong comes back as an error; nothing else is for the terminal of whoever uses us.
             "log_to_stderr": "false",
             "err_to_stderr": "false",

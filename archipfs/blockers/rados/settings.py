@@ -28,6 +28,14 @@ class Settings:
     operation_timeout_s: int = 60
     """Of each operation on an object; 0: it waits for ever."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long an operation is not answered until the client asks for a new map of the cluster.
+
+        The native client has the same rule, and why (``set_patience``).
+        """
+        return min(2.0, self.operation_timeout_s / 4) if self.operation_timeout_s else 2.0
+
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:
         """From those of a backend, named as in its configuration. Raises ``InvalidConfig``."""

@@ -157,7 +157,8 @@ static void fly(struct ae_flight *flight, bool ahead) {
     struct cached *cached = flight->cached;
     struct ae_cache *cache = cached->cache;
     int result = -ENOMEM;
-    flight->bytes = malloc(flight->length);
+    flight->bytes =
+        aligned_alloc(AE_SECTOR_BYTES, (flight->length + AE_SECTOR_BYTES - 1) & ~(size_t)(AE_SECTOR_BYTES - 1));
     if (flight->bytes != NULL)
         result = ae_object_read_within(&cached->source, flight->bytes, flight->length, flight->offset);
     land(flight, result, ahead);

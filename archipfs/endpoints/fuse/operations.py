@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -40,6 +40,7 @@ from archipfs.errors import (
     NotSupported,
     ObjectMissing,
     ReadOnlyVolume,
+    StoreUnavailable,
     errno_of,
 )
 from archipfs.map.mapper import Attributes
@@ -107,6 +108,16 @@ class Numbering:
     """From ``pid`` to the number, and whether the kernel sends the request again."""
 
 
+@dataclass(slots=True)
+class _Listing:
+    """What an open directory shows."""
+
+    found: list[Found] = field(default_factory=list)
+    error: StoreUnavailable | None = None
+    """To be told at the end: a backend is away, and what lies in it is missing here. Whoever compares (rsync --delete)
+    must not take it for removed."""
+
+
 class VolumeOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     supports_dot_lookup = True
@@ -123,7 +134,7 @@ class VolumeOperations(pyfuse3.Operations):
         self._inodes = Inodes()
         self._open: dict[int, OpenVolume] = {}
         self._opened_times: Counter[str] = Counter()
-        self._listings: dict[int, list[Found]] = {}
+        self._listings: dict[int, _Listing] = {}
         # Not from 1: the kernel may have directories open from the time of an earlier process.
         self._numbers = itertools.count(time.time_ns())
         self._threads = trio.CapacityLimiter(THREADS_MAX)
@@ -154,14 +165,21 @@ class VolumeOperations(pyfuse3.Operations):
         self._listings[handle] = await self._run(self._listing)
         return handle
 
-    def _listing(self) -> list[Found]:
-        return sorted(self._composer.volumes(), key=lambda each: str(each.record.name))
+    def _listing(self) -> "_Listing":
+        listing = _Listing()
+        try:
+            for found in self._composer.volumes():
+                listing.found.append(found)
+        except StoreUnavailable as error:
+            listing.error = error
+        listing.found.sort(key=lambda each: str(each.record.name))
+        return listing
 
     @replies
     async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         if handle not in self._listings:  # opened in the time of an earlier process
             self._listings[handle] = await self._run(self._listing)
-        listing = self._listings[handle]
+        listing, error = self._listings[handle].found, self._listings[handle].error
         for index, dots in enumerate((b".", b"..")):
             if start_id <= index and not pyfuse3.readdir_reply(token, dots, self._root_attributes(), index + 1):
                 return
@@ -177,6 +195,8 @@ class VolumeOperations(pyfuse3.Operations):
                     return
                 self._inodes.remember(found.record.id)
                 answered = True
+        if error is not None and not answered and start_id >= 2:
+            raise error
 
     @replies
     async def releasedir(self, handle: int) -> None:
@@ -459,9 +479,12 @@ class VolumeOperations(pyfuse3.Operations):
         volume = self._inodes.volume(inode)
         if volume is None:
             # Looked up in the time of an earlier process, as others may have been.
-            for each in self._composer.volumes():
+            listing = self._listing()
+            for each in listing.found:
                 self._inodes.learn(each.record.id)
             volume = self._inodes.volume(inode)
+            if volume is None and listing.error is not None:
+                raise listing.error
         if volume is None:
             raise NotFound(f"no volume has the inode number {inode}")
         return self._composer.find_by_id(volume)

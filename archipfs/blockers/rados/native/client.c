@@ -33,6 +33,19 @@ static int set_seconds(struct ra_connection *connection, const char *option, uns
     return connection->library.conf_set(connection->cluster, option, text);
 }
 
+/*
+ * An OSD that was killed and started again is another address, which a client finds in a new map. It asks for one when
+ * an operation was not answered for `objecter_timeout`, at the next of its ticks: by default after 10 to 15 seconds. An
+ * operation that is given up before never has it ask; so with a short timeout, no later one would succeed either.
+ */
+static int set_patience(struct ra_connection *connection, unsigned operation_timeout_s) {
+    unsigned ms = operation_timeout_s == 0 || operation_timeout_s > 8 ? 2000 : operation_timeout_s * 250;
+    char text[16];
+    snprintf(text, sizeof text, "%u.%03u", ms / 1000, ms % 1000);
+    int result = connection->library.conf_set(connection->cluster, "objecter_timeout", text);
+    return result < 0 ? result : connection->library.conf_set(connection->cluster, "objecter_tick_interval", text);
+}
+
 static int open_namespace(struct ra_connection *connection, const struct ra_settings *settings, const char *suffix,
                           ra_ioctx *io) {
     char name[NAMESPACE_BYTES_MAX];
@@ -72,6 +85,8 @@ static int connect_to(struct ra_connection *connection, const struct ra_settings
         result = set_seconds(connection, "rados_mon_op_timeout", settings->timeout_s);
     if (result == 0)
         result = set_seconds(connection, "rados_osd_op_timeout", settings->operation_timeout_s);
+    if (result == 0)
+        result = set_patience(connection, settings->operation_timeout_s);
     if (result < 0) {
         snprintf(problem, problem_bytes, "librados does not take its settings");
         return result;
