@@ -1,11 +1,12 @@
 """A guest goes from one node to another while it runs: qemu's live migration, over a store that both nodes have."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeInstance
 from tests.guest.machine import Guest, Image, build_image, fill
 from tests.guest.test_guest import (
     VOLUME_BYTES,
@@ -15,7 +16,9 @@ from tests.guest.test_guest import (
     snapshot,
     start_writer,
 )
-from tests.lib.instance import Instance
+from tests.lib.ceph import cluster
+from tests.lib.instance import Instance, instances
+from tests.lib.namespaces import network
 from tests.lib.volumes import create, fact
 from tests.lib.waiting import wait_until
 
@@ -27,11 +30,26 @@ def image() -> Image:
     return build_image()
 
 
-@pytest.fixture
-def nodes(make_instance: MakeInstance) -> tuple[Instance, Instance]:
-    first = make_instance()
-    second = make_instance(store=first.store)
-    return first.mount(), second.mount()
+@contextmanager
+def on_a_directory() -> Iterator[list[Instance]]:
+    with instances() as make:
+        first = make()
+        yield [first.mount(), make(store=first.store).mount()]
+
+
+@contextmanager
+def on_a_pool() -> Iterator[list[Instance]]:
+    """Each on a host of its own."""
+    with network(2) as (address, hosts), cluster(address=address) as ceph, instances() as make:
+        options = ceph.options()
+        yield [make(rados=options, prefix=host.prefix).mount() for host in hosts]
+
+
+@pytest.fixture(params=[on_a_directory, pytest.param(on_a_pool, marks=pytest.mark.ceph)], ids=["directory", "pool"])
+def nodes(request: pytest.FixtureRequest) -> Iterator[list[Instance]]:
+    """Two nodes that have the same store."""
+    with request.param() as made:
+        yield made
 
 
 def holds(node: Instance, volume: Path) -> bool:
@@ -42,7 +60,7 @@ def holds(node: Instance, volume: Path) -> bool:
 
 @pytest.mark.timeout(400)
 def test_a_guest_moves_to_another_node_and_back_and_loses_no_write(
-    nodes: tuple[Instance, Instance], image: Image, tmp_path: Path
+    nodes: list[Instance], image: Image, tmp_path: Path
 ) -> None:
     here, there = nodes
     volume = create(here.path / "vm1", VOLUME_BYTES)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,16 @@ class Instance:
         rados: Mapping[str, str] | None = None,
         front: bool = True,
         supervised: bool = False,
+        prefix: Sequence[str] = (),
     ) -> None:
         """``store``: the directory of its default backend, where that is not its own; ``rados``: the options of one
-        that is a pool.
+        that is a pool. ``prefix``: what every command is started by, to have it run on another host.
 
         ``supervised``: a daemon that was killed is started again. Else the mount that it leaves is stale.
         """
         self.front = front
         self.supervised = supervised
+        self._prefix = list(prefix)
         self.directory = Path(tempfile.mkdtemp(prefix="archipfs-test-", dir=TEMPORARY))
         self.root = self.directory / "root"
         self.path = self.directory / "mnt"
@@ -113,7 +115,7 @@ class Instance:
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """``archip --root … ARGUMENT...``, not waited for."""
         return subprocess.Popen(
-            [sys.executable, "-m", "archipfs.cli.main", "--root", str(self.root), *map(str, arguments)],
+            [*self._prefix, sys.executable, "-m", "archipfs.cli.main", "--root", str(self.root), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
