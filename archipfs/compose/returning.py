@@ -57,6 +57,8 @@ class _Outside:
     """Nobody may wait."""
     unclaimed: dict[VolumeId, LockRecord] = field(default_factory=dict)
     """Those that are ours, and are still to be claimed by the client that was adopted."""
+    gone: list[OpenVolume] = field(default_factory=list)
+    """Those that were cast out, and are still to be settled with."""
 
 
 class Returning(Volumes):
@@ -114,26 +116,28 @@ class Returning(Volumes):
     def _look_after(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
         """What is lost before an error is in ``lost`` all the same."""
         self._notice(mapper)
-        gone = self._come_back(mapper, outside, lost) if mapper.blocker.is_shut_out else []
-        try:
-            gone += self._claim_anew(mapper, outside, lost)
-        finally:
-            # Only now: whoever reads for a lost volume may have waited until we are back, and whoever copies from it
-            # until the other volume is claimed anew.
-            self._see_out(gone)
+        if mapper.blocker.is_shut_out:
+            self._come_back(mapper, outside, lost)
+        self._claim_anew(mapper, outside, lost)
+        # Only now: whoever reads for a lost volume may have waited until we are back, and whoever copies from it until
+        # the other volume is claimed anew.
+        if not outside.unclaimed:
+            outside.gone = [opened for opened in outside.gone if not self._is_settled(opened)]
 
-    def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
-        """Claim what is ours by the client that was adopted. Returns those that are lost after all."""
+    def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
+        """Claim what is ours by the client that was adopted, and cast out what is lost after all."""
         broken = []
-        for volume, lease in list(outside.unclaimed.items()):
-            try:
-                still_ours = mapper.locks.claim_anew(lease)
-            except Busy:
-                continue  # it is just being closed or opened; at the next call we see
-            if not still_ours:
-                broken.append(volume)
-            del outside.unclaimed[volume]
-        return self._cast_out(mapper, outside, broken, lost)
+        try:
+            for volume, lease in list(outside.unclaimed.items()):
+                try:
+                    still_ours = mapper.locks.claim_anew(lease)
+                except Busy:
+                    continue  # it is just being closed or opened; at the next call we see
+                if not still_ours:
+                    broken.append(volume)
+                del outside.unclaimed[volume]
+        finally:
+            self._cast_out(mapper, outside, broken, lost)
 
     def _notice(self, mapper: Mapper) -> None:
         """Ask the store for something if we have anything to lose: who reads from his page cache asks nothing."""
@@ -144,15 +148,14 @@ class Returning(Volumes):
             except ShutOut:
                 log.warning("shut out", backend=mapper.backend)
 
-    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
-        """Returns those that were cast out."""
+    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
         started = time.monotonic()
         successor = mapper.blocker.reconnect()
         try:
             locks = Locks(successor, mapper.node)
             leases = mapper.locks.claimed()
             kept = {volume: lease for volume, lease in leases.items() if locks.claim_again(lease)}
-            gone = self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
+            self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
         except BaseException:
             successor.close()
             raise
@@ -164,13 +167,9 @@ class Returning(Volumes):
             outside.changed.notify_all()
         seconds = round(time.monotonic() - started, 3)
         log.warning("back in the store", backend=mapper.backend, kept=len(kept), of=len(leases), seconds=seconds)
-        return gone
 
-    def _cast_out(
-        self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]
-    ) -> list[OpenVolume]:
-        """Fence these volumes, and wait a while until nobody is at work with them any more that began before. Who has
-        one open is to be settled with."""
+    def _cast_out(self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]) -> None:
+        """Fence these volumes, and wait a while until nobody is at work with them any more that began before."""
         opened_all = []
         for volume in volumes:
             lost.append(volume)
@@ -181,8 +180,9 @@ class Returning(Volumes):
             if opened is None or opened.mapper is not mapper:  # or one that is about to be moved there
                 mapper.locks.give_up(volume)
             else:
-                opened.cast_out()
                 opened_all.append(opened)
+                outside.gone.append(opened)
+                opened.cast_out()
         with outside.changed:
             outside.changed.notify_all()
         for opened in opened_all:
@@ -190,7 +190,6 @@ class Returning(Volumes):
                 # He may be waiting for another volume, which waits for us. Of this one he changes nothing any more
                 # (``OpenVolume._change``), and he is waited for in the end.
                 log.warning("somebody is still at work with a lost volume", volume=opened.id)
-        return opened_all
 
     def _has_been_left(self, opened: OpenVolume, outside: _Outside) -> bool:
         """Wait until nobody is at work with the volume, and after a while no more."""
@@ -203,10 +202,15 @@ class Returning(Volumes):
         opened.control.release()
         return True
 
-    def _see_out(self, gone: Iterable[OpenVolume]) -> None:
-        for opened in gone:
-            with opened.control:
-                opened.settle_cast_out()
+    def _is_settled(self, opened: OpenVolume) -> bool:
+        """Settle with a volume that was cast out; false if somebody is at work with it, who may need us once more."""
+        if not opened.control.acquire(timeout=LEAVING_SECONDS):
+            return False
+        try:
+            opened.settle_cast_out()
+        finally:
+            opened.control.release()
+        return True
 
     def _wait_outside(self, mapper: Mapper, error: ShutOut) -> None:
         """Return when a call of the store that was refused may be repeated. Raises ``error`` after a while, and another

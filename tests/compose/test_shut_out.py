@@ -18,7 +18,7 @@ from archipfs.compose import returning
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
-from archipfs.errors import ArchipError, Fenced, ShutOut
+from archipfs.errors import ArchipError, Fenced, ShutOut, StoreAway
 from archipfs.map.check import Finding, Severity
 from archipfs.map.locks import lock_key
 from archipfs.types import SECTOR_BYTES, VolumeId
@@ -365,6 +365,35 @@ def test_who_is_at_work_with_a_lost_volume_and_waits_for_a_kept_one_is_not_waite
     assert isinstance(copying.ended(), Fenced)
     assert vm2.read(0, SECTOR_BYTES) == pattern(3)
     assert list(MemoryBlocker(nodes.store).list_records("volume")) == before
+
+
+def test_who_is_at_work_with_a_lost_volume_does_not_keep_a_kept_one_from_being_claimed_at_the_second_try(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(returning, "LEAVING_SECONDS", 0.05)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    adopt, claim = MemoryBlocker.adopt, MemoryBlocker.claim
+
+    def adopt_and_fail(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        monkeypatch.setattr(MemoryBlocker, "claim", fail)
+
+    def fail(self: MemoryBlocker, key: str, owner: str) -> None:
+        monkeypatch.setattr(MemoryBlocker, "claim", claim)
+        raise StoreAway("no luck; wanted by the test")
+
+    def copy() -> None:
+        with vm1.control:
+            vm2.write(0, pattern(3))
+
+    nodes.two.unlock("vm1", force=True)
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_fail)
+    copying = Call(copy).began()
+    assert copying.waits()
+    for _ in range(2):
+        assert Call(nodes.one.watch_locks).began().ended() is None
+    assert copying.ended() is None
+    assert vm2.read(0, SECTOR_BYTES) == pattern(3)
 
 
 def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
