@@ -125,19 +125,26 @@ class Returning(Volumes):
             outside.gone = [opened for opened in outside.gone if not self._is_settled(opened)]
 
     def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
-        """Claim what is ours by the client that was adopted, and cast out what is lost after all."""
+        """Claim what is ours by the client that was adopted, and cast out what is lost after all.
+
+        Raises the first error once all were tried.
+        """
         broken = []
-        try:
-            for volume, lease in list(outside.unclaimed.items()):
-                try:
-                    still_ours = mapper.locks.claim_anew(lease)
-                except Busy:
-                    continue  # it is just being closed or opened; at the next call we see
-                if not still_ours:
-                    broken.append(volume)
-                del outside.unclaimed[volume]
-        finally:
-            self._cast_out(mapper, outside, broken, lost)
+        failed: ArchipError | None = None
+        for volume, lease in list(outside.unclaimed.items()):
+            try:
+                still_ours = mapper.locks.claim_anew(lease)
+            except Busy:
+                continue  # it is just being closed or opened; at the next call we see
+            except ArchipError as error:
+                failed = failed or error
+                continue
+            if not still_ours:
+                broken.append(volume)
+            del outside.unclaimed[volume]
+        self._cast_out(mapper, outside, broken, lost)
+        if failed is not None:
+            raise failed
 
     def _notice(self, mapper: Mapper) -> None:
         """Ask the store for something if we have anything to lose: who reads from his page cache asks nothing."""

@@ -396,6 +396,34 @@ def test_who_is_at_work_with_a_lost_volume_does_not_keep_a_kept_one_from_being_c
     assert vm2.read(0, SECTOR_BYTES) == pattern(3)
 
 
+def test_a_volume_that_cannot_be_claimed_does_not_keep_the_others_from_it(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in a placement group that does not answer, say."""
+    vm1, vm2, vm3 = nodes.make("vm1", "vm2", "vm3")
+    adopt, claim = MemoryBlocker.adopt, MemoryBlocker.claim
+
+    def adopt_and_fail(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        monkeypatch.setattr(MemoryBlocker, "claim", fail)
+
+    def fail(self: MemoryBlocker, key: str, owner: str) -> None:
+        if key == lock_key(vm2.id):
+            raise StoreAway("no luck; wanted by the test")
+        claim(self, key, owner)
+
+    nodes.two.unlock("vm1", force=True)
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_fail)
+    writes = [Call(lambda vm=vm: vm.write(0, pattern(3))).began() for vm in (vm2, vm3)]  # type: ignore[misc]
+    assert all(write.waits() for write in writes)
+    assert nodes.one.watch_locks() == [vm1.id]
+    assert writes[1].ended() is None
+    assert writes[0].waits()
+    monkeypatch.undo()
+    assert nodes.one.watch_locks() == []
+    assert writes[0].ended() is None
+
+
 def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
     """To drop a backend is to ask the store within the table's lock."""
     _, vm2 = nodes.make("vm1", "vm2")
