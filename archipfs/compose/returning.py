@@ -7,7 +7,8 @@ one of its locks. Coming back is:
 2. *Look, and claim* by the new client what still is ours (``Locks.claim_again``): from then on, whoever breaks such a
    lock shuts the new client out too.
 3. *Cast out* the volumes whose locks are lost: their engines are fenced, what is under way on them fails, and we wait
-   until nobody is at work with them, so that nothing of that goes on by the new client.
+   until nobody is at work with them, so that nothing of that goes on by the new client. Who is not done after ten
+   seconds waits for another of our volumes (a copy does), and changes nothing of the lost one when he goes on.
 4. *Adopt* the new client. Records and everything that is only read go on.
 5. *Claim anew*: what waited on our other volumes goes on, and nothing about it has failed.
 
@@ -41,7 +42,7 @@ OUTSIDE_SECONDS = 60.0
 """How long a call of the store waits until we are back."""
 LEAVING_SECONDS = 5.0
 """How long those at work with a lost volume are waited for, before nobody is let wait for the store any more: they may
-be waiting for one who does."""
+be waiting for one who does. And how long after that."""
 
 
 @dataclass(slots=True)
@@ -56,6 +57,8 @@ class _Outside:
     """Nobody may wait."""
     unclaimed: dict[VolumeId, LockRecord] = field(default_factory=dict)
     """Those that are ours, and are still to be claimed by the client that was adopted."""
+    gone: list[OpenVolume] = field(default_factory=list)
+    """Those that were cast out, and are still to be settled with."""
 
 
 class Returning(Volumes):
@@ -113,26 +116,35 @@ class Returning(Volumes):
     def _look_after(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
         """What is lost before an error is in ``lost`` all the same."""
         self._notice(mapper)
-        gone = self._come_back(mapper, outside, lost) if mapper.blocker.is_shut_out else []
-        try:
-            gone += self._claim_anew(mapper, outside, lost)
-        finally:
-            # Only now: whoever reads for a lost volume may have waited until we are back, and whoever copies from it
-            # until the other volume is claimed anew.
-            self._see_out(gone)
+        if mapper.blocker.is_shut_out:
+            self._come_back(mapper, outside, lost)
+        self._claim_anew(mapper, outside, lost)
+        # Only now: whoever reads for a lost volume may have waited until we are back, and whoever copies from it until
+        # the other volume is claimed anew.
+        if not outside.unclaimed:
+            outside.gone = [opened for opened in outside.gone if not self._is_settled(opened)]
 
-    def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
-        """Claim what is ours by the client that was adopted. Returns those that are lost after all."""
+    def _claim_anew(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
+        """Claim what is ours by the client that was adopted, and cast out what is lost after all.
+
+        Raises the first error once all were tried.
+        """
         broken = []
+        failed: ArchipError | None = None
         for volume, lease in list(outside.unclaimed.items()):
             try:
                 still_ours = mapper.locks.claim_anew(lease)
             except Busy:
                 continue  # it is just being closed or opened; at the next call we see
+            except ArchipError as error:
+                failed = failed or error
+                continue
             if not still_ours:
                 broken.append(volume)
             del outside.unclaimed[volume]
-        return self._cast_out(mapper, outside, broken, lost)
+        self._cast_out(mapper, outside, broken, lost)
+        if failed is not None:
+            raise failed
 
     def _notice(self, mapper: Mapper) -> None:
         """Ask the store for something if we have anything to lose: who reads from his page cache asks nothing."""
@@ -143,15 +155,14 @@ class Returning(Volumes):
             except ShutOut:
                 log.warning("shut out", backend=mapper.backend)
 
-    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> list[OpenVolume]:
-        """Returns those that were cast out."""
+    def _come_back(self, mapper: Mapper, outside: _Outside, lost: list[VolumeId]) -> None:
         started = time.monotonic()
         successor = mapper.blocker.reconnect()
         try:
             locks = Locks(successor, mapper.node)
             leases = mapper.locks.claimed()
             kept = {volume: lease for volume, lease in leases.items() if locks.claim_again(lease)}
-            gone = self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
+            self._cast_out(mapper, outside, [volume for volume in leases if volume not in kept], lost)
         except BaseException:
             successor.close()
             raise
@@ -163,13 +174,9 @@ class Returning(Volumes):
             outside.changed.notify_all()
         seconds = round(time.monotonic() - started, 3)
         log.warning("back in the store", backend=mapper.backend, kept=len(kept), of=len(leases), seconds=seconds)
-        return gone
 
-    def _cast_out(
-        self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]
-    ) -> list[OpenVolume]:
-        """Fence these volumes, and return when nobody is at work with them any more that began before. Who has one
-        open is to be settled with."""
+    def _cast_out(self, mapper: Mapper, outside: _Outside, volumes: Iterable[VolumeId], lost: list[VolumeId]) -> None:
+        """Fence these volumes, and wait a while until nobody is at work with them any more that began before."""
         opened_all = []
         for volume in volumes:
             lost.append(volume)
@@ -180,23 +187,37 @@ class Returning(Volumes):
             if opened is None or opened.mapper is not mapper:  # or one that is about to be moved there
                 mapper.locks.give_up(volume)
             else:
-                opened.cast_out()
                 opened_all.append(opened)
+                outside.gone.append(opened)
+                opened.cast_out()
         with outside.changed:
             outside.changed.notify_all()
         for opened in opened_all:
-            while not opened.control.acquire(timeout=LEAVING_SECONDS):
+            if not self._has_been_left(opened, outside):
+                # He may be waiting for another volume, which waits for us. Of this one he changes nothing any more
+                # (``OpenVolume._change``), and he is waited for in the end.
                 log.warning("somebody is still at work with a lost volume", volume=opened.id)
-                with outside.changed:
-                    outside.hurried = True
-                    outside.changed.notify_all()
-            opened.control.release()
-        return opened_all
 
-    def _see_out(self, gone: Iterable[OpenVolume]) -> None:
-        for opened in gone:
-            with opened.control:
-                opened.settle_cast_out()
+    def _has_been_left(self, opened: OpenVolume, outside: _Outside) -> bool:
+        """Wait until nobody is at work with the volume, and after a while no more."""
+        if not opened.control.acquire(timeout=LEAVING_SECONDS):
+            with outside.changed:
+                outside.hurried = True
+                outside.changed.notify_all()
+            if not opened.control.acquire(timeout=LEAVING_SECONDS):
+                return False
+        opened.control.release()
+        return True
+
+    def _is_settled(self, opened: OpenVolume) -> bool:
+        """Settle with a volume that was cast out; false if somebody is at work with it, who may need us once more."""
+        if not opened.control.acquire(timeout=LEAVING_SECONDS):
+            return False
+        try:
+            opened.settle_cast_out()
+        finally:
+            opened.control.release()
+        return True
 
     def _wait_outside(self, mapper: Mapper, error: ShutOut) -> None:
         """Return when a call of the store that was refused may be repeated. Raises ``error`` after a while, and another
@@ -204,9 +225,12 @@ class Returning(Volumes):
         outside = self._outside[mapper.backend]
         deadline = time.monotonic() + OUTSIDE_SECONDS
         with outside.changed:
-            while mapper.blocker.is_shut_out:
+            while True:
+                # Also when we are back: what it was refused, the volume's next owner may do.
                 if self._is_for_lost():
                     raise Fenced("the lock of a volume that this is about was broken by another node") from error
+                if not mapper.blocker.is_shut_out:
+                    return
                 if outside.hurried:
                     raise StoreError("given up, since others wait for it who must not go on; try again") from error
                 left = deadline - time.monotonic()

@@ -712,6 +712,9 @@ class OpenVolume:
         )
 
     def _owned_lease(self) -> LockRecord:
+        """Of whoever changes the volume. Raises ``Fenced`` if it was lost while he waited for ``control``."""
+        if self._fenced:
+            raise self._fenced_error()
         assert self._lease is not None, "an engine of a writable volume is open only under its lock"
         return self._lease
 
@@ -790,7 +793,10 @@ class OpenVolume:
         return min(self.record.visible, engine.parent_visible) if size > self.record.size else self.record.visible
 
     def _change(self, **fields: object) -> None:
-        """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile."""
+        """Replace fields of the record. Raises ``Fenced`` if somebody else gave the volume another head meanwhile, or
+        if it was lost while we waited for ``control``: a store that shut us out takes calls again once we are back."""
+        if self._fenced:
+            raise self._fenced_error()
         head = self.record.layer
 
         try:

@@ -166,6 +166,8 @@ class Collector:
         doomed = [after.uses[pack] for pack in sorted(dead) if self._others_can_be_read(pack, dead, marks, kept, pulse)]
         needed = after.condemned - {use.pack for use in doomed}
         for pack in sorted(needed):
+            # Whoever has taken us for dead may be about to delete it: nobody may begin to rely on it.
+            self._lock.verify()
             self._drop(CondemnedRecord, pack)
         self._delete([use.pack for use in doomed], after.strays, pulse)  # 7
         made_bytes = sum(after.uses[pack].total_bytes for pack in made & after.uses.keys() - before.uses.keys())
@@ -373,6 +375,7 @@ class Collector:
             if deleted:
                 self._forget(deleted)
         for pack in sorted(strays):
+            self._lock.verify()
             self._drop(DamageRecord, pack)
             self._drop(CondemnedRecord, pack)
 

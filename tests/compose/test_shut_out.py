@@ -14,10 +14,11 @@ import pytest
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker, MemoryStore
 from archipfs.blockers.retry import RetryBlocker
+from archipfs.compose import returning
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
 from archipfs.compose.volume import OpenVolume
-from archipfs.errors import ArchipError, Fenced, ShutOut
+from archipfs.errors import ArchipError, Fenced, ShutOut, StoreAway
 from archipfs.map.check import Finding, Severity
 from archipfs.map.locks import lock_key
 from archipfs.types import SECTOR_BYTES, VolumeId
@@ -343,6 +344,86 @@ def test_what_waits_for_a_kept_volume_goes_on_before_the_lost_one_is_seen_out(no
     assert copier.waits_for.ended() is None
 
 
+def test_who_is_at_work_with_a_lost_volume_and_waits_for_a_kept_one_is_not_waited_for_for_ever(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy that becomes a clone is, which has the ``control`` of both."""
+    monkeypatch.setattr(returning, "LEAVING_SECONDS", 0.05)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+
+    def copy() -> None:
+        with vm1.control:
+            vm2.write(0, pattern(3))
+            vm1.freeze()
+
+    nodes.two.unlock("vm1", force=True)
+    before = list(MemoryBlocker(nodes.store).list_records("volume"))
+    copying = Call(copy).began()
+    assert copying.waits()
+    back = Call(nodes.one.watch_locks).began()
+    assert back.ended() is None
+    assert isinstance(copying.ended(), Fenced)
+    assert vm2.read(0, SECTOR_BYTES) == pattern(3)
+    assert list(MemoryBlocker(nodes.store).list_records("volume")) == before
+
+
+def test_who_is_at_work_with_a_lost_volume_does_not_keep_a_kept_one_from_being_claimed_at_the_second_try(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(returning, "LEAVING_SECONDS", 0.05)
+    vm1, vm2 = nodes.make("vm1", "vm2")
+    adopt, claim = MemoryBlocker.adopt, MemoryBlocker.claim
+
+    def adopt_and_fail(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        monkeypatch.setattr(MemoryBlocker, "claim", fail)
+
+    def fail(self: MemoryBlocker, key: str, owner: str) -> None:
+        monkeypatch.setattr(MemoryBlocker, "claim", claim)
+        raise StoreAway("no luck; wanted by the test")
+
+    def copy() -> None:
+        with vm1.control:
+            vm2.write(0, pattern(3))
+
+    nodes.two.unlock("vm1", force=True)
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_fail)
+    copying = Call(copy).began()
+    assert copying.waits()
+    for _ in range(2):
+        assert Call(nodes.one.watch_locks).began().ended() is None
+    assert copying.ended() is None
+    assert vm2.read(0, SECTOR_BYTES) == pattern(3)
+
+
+def test_a_volume_that_cannot_be_claimed_does_not_keep_the_others_from_it(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in a placement group that does not answer, say."""
+    vm1, vm2, vm3 = nodes.make("vm1", "vm2", "vm3")
+    adopt, claim = MemoryBlocker.adopt, MemoryBlocker.claim
+
+    def adopt_and_fail(self: MemoryBlocker, successor: Blocker) -> None:
+        adopt(self, successor)
+        monkeypatch.setattr(MemoryBlocker, "claim", fail)
+
+    def fail(self: MemoryBlocker, key: str, owner: str) -> None:
+        if key == lock_key(vm2.id):
+            raise StoreAway("no luck; wanted by the test")
+        claim(self, key, owner)
+
+    nodes.two.unlock("vm1", force=True)
+    monkeypatch.setattr(MemoryBlocker, "adopt", adopt_and_fail)
+    writes = [Call(lambda vm=vm: vm.write(0, pattern(3))).began() for vm in (vm2, vm3)]  # type: ignore[misc]
+    assert all(write.waits() for write in writes)
+    assert nodes.one.watch_locks() == [vm1.id]
+    assert writes[1].ended() is None
+    assert writes[0].waits()
+    monkeypatch.undo()
+    assert nodes.one.watch_locks() == []
+    assert writes[0].ended() is None
+
+
 def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_who_waits(nodes: Nodes) -> None:
     """To drop a backend is to ask the store within the table's lock."""
     _, vm2 = nodes.make("vm1", "vm2")
@@ -363,6 +444,30 @@ def test_whoever_holds_the_table_while_we_are_outside_is_waited_for_by_nobody_wh
     assert first.waits()
     back = Call(nodes.one.return_to_stores).began()
     assert [back.ended(), first.ended(), second.ended()] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["flush", "freeze", "grow", "shrink"])
+def test_who_waits_for_a_volume_while_it_is_lost_changes_nothing_of_it(nodes: Nodes, name: str) -> None:
+    """It began before, and goes on when we are back in the store."""
+    (vm1,) = nodes.make("vm1")
+    vm1.write(3 * MIB, pattern(2))
+    vm1.engine.flush()  # all is durable but the size
+    actions: dict[str, Callable[[], object]] = {
+        "flush": vm1.flush,
+        "freeze": vm1.freeze,
+        "grow": lambda: vm1.resize(4 * MIB),
+        "shrink": lambda: vm1.resize(MIB // 2),
+    }
+    with vm1.control:
+        late = Call(actions[name]).began()
+        assert late.waits()
+        nodes.two.unlock("vm1", force=True)
+        nodes.two.resize(nodes.two.find("vm1"), 2 * MIB)
+        before = [*MemoryBlocker(nodes.store).list_records("volume"), *MemoryBlocker(nodes.store).list_records("layer")]
+        assert nodes.one.watch_locks() == [vm1.id]
+    assert isinstance(late.ended(), Fenced)
+    after = [*MemoryBlocker(nodes.store).list_records("volume"), *MemoryBlocker(nodes.store).list_records("layer")]
+    assert after == before
 
 
 def test_a_store_that_cannot_be_reached_is_tried_again(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:

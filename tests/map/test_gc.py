@@ -462,6 +462,27 @@ def test_a_collector_that_was_taken_for_dead_deletes_nothing_more(blocker: Memor
     assert found.record.node == OTHER_NODE, "it is not given back by who lost it"
 
 
+def test_a_collector_that_was_taken_for_dead_absolves_nothing_more(blocker: MemoryBlocker, node: Sealer) -> None:
+    """What was needed when it looked, the next one may be about to delete: who seals must not rely on it."""
+    node.seal({0: [1]})
+    (needed,) = packs_of(blocker)
+    node.catalog.put(CondemnedRecord(PackId(needed), NODE, time.time_ns()), needed, None)
+
+    class Overtaken(FaultBlocker):
+        def list_records(self, kind: str) -> Iterator[tuple[str, Record]]:
+            found = node.catalog.get(GcRecord, "lock")
+            if kind == "damage" and found is not None and looks.pop():
+                node.catalog.put(GcRecord(OTHER_NODE, time.time_ns(), 9), "lock", found.version)
+            return super().list_records(kind)
+
+    looks = [True, False]
+    overtaken = Overtaken(blocker)
+    with pytest.raises(Fenced, match="another node took this garbage collection for dead"):
+        Collector(type(node.catalog)(overtaken), overtaken, node.store, NODE, intent_seconds=0).collect()
+    assert looks == []
+    assert node.catalog.get(CondemnedRecord, needed) is not None
+
+
 def test_what_a_collector_condemns_that_was_taken_for_dead_is_not_deleted_by_the_next(
     blocker: MemoryBlocker, tmp_path: Path
 ) -> None:
