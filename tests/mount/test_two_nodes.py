@@ -304,7 +304,8 @@ def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance
                     theirs.write(descriptor)
                 theirs.flush(descriptor)
                 os.kill(pid, signal.SIGCONT)
-                wait_until(lambda: first.logged('"fenced"'), "the first node has noticed")
+                # By a look at the lock, or by a flush: then fio ends, and closes what nobody looks at any more.
+                wait_until(lambda: first.logged('"fenced"') or job.poll() is not None, "the first node has noticed")
                 theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)
         finally:
             os.kill(pid, signal.SIGCONT)
