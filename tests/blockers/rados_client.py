@@ -1,6 +1,6 @@
 """A process that changes all kinds of things in a store at once, until it is shut out; then it comes back.
 
-``python -m tests.blockers.rados_client OPTIONS``, the options of a ``rados`` backend as JSON. It writes a line when it
+``python rados_client.py OPTIONS``, the options of a ``rados`` backend as JSON. It writes a line when it
 has changed everything for some time, and a line of JSON when everything that does not wait has failed. Then it waits
 for a line, comes back, gives up ``lock/a``, claims ``lock/b`` anew, and writes what came of that.
 """

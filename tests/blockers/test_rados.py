@@ -31,6 +31,8 @@ from tests.lib.waiting import wait_until
 
 pytestmark = pytest.mark.ceph
 
+CLIENT = Path(__file__).with_name("rados_client.py")
+
 Options = dict[str, str]
 
 
@@ -404,7 +406,7 @@ def test_a_process_that_is_stopped_shut_out_and_goes_on_changes_nothing(
 ) -> None:
     for name in "abc":
         blocker.create_data(f"layer/{name}").close()
-    command = [sys.executable, "-m", "tests.blockers.rados_client", json.dumps(ceph_backend)]
+    command = [sys.executable, str(CLIENT), json.dumps(ceph_backend)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

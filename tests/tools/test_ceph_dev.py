@@ -150,8 +150,9 @@ def test_no_monitor_no_answer_until_it_is_back(open_cluster: Cluster) -> None:
     assert open_cluster.ceph("osd", "stat")["num_up_osds"] == 1
 
 
-ASKING = """
-import signal
+ASKING = f"""
+import signal, sys
+sys.path.append({str(CEPH_DEV.parents[1])!r})
 from tests.lib.ceph import cluster
 with cluster() as made:
     print(made.directory, *made.daemons().values(), flush=True)
@@ -161,7 +162,7 @@ with cluster() as made:
 
 def test_a_cluster_ends_with_the_process_that_asked_for_it() -> None:
     command = [sys.executable, "-c", ASKING]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=CEPH_DEV.parents[1]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         directory, *pids = process.stdout.readline().split()
         assert all(process_lives(int(pid)) for pid in pids)
