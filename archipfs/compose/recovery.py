@@ -137,6 +137,8 @@ class Recovery(Volumes):
             return
         for found in [Found(mapper, each.record) for each in mapper.volumes()]:
             record = found.record
+            if self.may_be_hidden(record):
+                continue  # what its live bitmap knows may be all there is, if it had just been moved
             if self.is_hidden(mapper, record):
                 # A move that was cut short before the volume had moved.
                 self._live[mapper.backend].forget(record.layer)

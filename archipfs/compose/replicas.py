@@ -155,8 +155,18 @@ class Copier:
             return []  # that is said when it is copied
 
     def is_replica(self, volume: VolumeRecord) -> bool:
-        """Whether this volume in the target is one of the origin's."""
-        return volume.replica_of is not None and volume.replica_of.store == self.origin.store.id
+        """Whether this volume in the target is one of the origin's, and has not moved from there."""
+        replica = volume.replica_of
+        if replica is None or replica.store != self.origin.store.id:
+            return False
+        original = self.origin.catalog.get(VolumeRecord, volume.id) if replica.arriving else None
+        return original is None or original.record.moved_to != self.target.store.id
+
+    def has_original(self, replica: VolumeRecord) -> bool:
+        """Whether the origin still has the volume. Raises ``ObjectDamaged`` or ``FormatTooNew`` if its record does not
+        say."""
+        original = self.origin.catalog.get(VolumeRecord, replica.id)
+        return original is not None and original.record.name is not None
 
     def heed(self) -> None:
         """Raise what ``progress`` raises: nobody waits any more."""
@@ -487,12 +497,11 @@ class Replicas(Seals):
 
     def _remove_orphans(self, copier: Copier, done: Synced, *, dry_run: bool) -> None:
         """Remove the replicas of what the origin has no more."""
-        originals = {found.record.id for found in copier.origin.volumes()}
         for found in list(copier.target.volumes()):
             record = found.record
-            if record.id in originals or not copier.is_replica(record):
-                continue
             with _passing_over(done, record):
+                if not copier.is_replica(record) or copier.has_original(record):
+                    continue
                 if not dry_run:
                     if record.writable:
                         copier.target.locks.take(record.id, Hold.IO, called=str(record.name))

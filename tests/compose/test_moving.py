@@ -12,7 +12,7 @@ from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.compose.composer import Composer, Moved
 from archipfs.compose.replicas import PassedOver
 from archipfs.compose.sealing import unheeded
-from archipfs.errors import Busy, Fenced, InvalidInput, LockHeld, NotFound, StoreError
+from archipfs.errors import Busy, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
 from archipfs.map.records import Hold, Kind, VolumeRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
@@ -370,6 +370,63 @@ def test_another_node_finds_it_where_it_is(world: TwoStores, composer: Composer)
     assert see(other) == before
     assert where(other)["vm"] == "b"
     other.close_all()
+
+
+def unsettled(composer: Composer, name: str) -> None:
+    """Have it moved, but for the last step, as a crash or an error of a store leaves it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_settle", lambda copier, original: None)
+        move(composer, name)
+
+
+@pytest.mark.parametrize("name", ["vm", "vm@2"])
+def test_a_sync_does_not_take_what_has_just_moved_for_a_replica(
+    world: TwoStores, composer: Composer, name: str
+) -> None:
+    make(composer)
+    before = see(composer)
+    unsettled(composer, name)
+    assert composer.sync("a", "b", progress=unheeded, delete=True).removed == []
+    assert see(composer) == before
+    composer.recover()
+    assert see(composer) == before
+    assert where(composer)[name] == "b"
+
+
+def test_who_reads_it_on_another_node_does_not_go_on_with_what_was_left(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    other = world.composer(host="two")
+    with composer.using(composer.find("vm")) as opened, other.using(other.find("vm")) as reader:
+        opened.flush()
+        assert reader.read(0, SECTOR_BYTES) == NEW[:SECTOR_BYTES]
+        unsettled(composer, "vm")
+        opened.write(0, pattern(9))
+        opened.flush()
+        with pytest.raises(NotFound, match="moved to another backend; open it again"):
+            reader.read(0, SECTOR_BYTES)
+    with composer.using(composer.find("vm")), other.using(other.find("vm")) as reader:
+        assert reader.read(0, SECTOR_BYTES) == pattern(9)
+    composer.recover()
+
+
+def test_while_a_backend_is_away_a_moved_volume_keeps_what_only_memory_has_of_it(world: TwoStores) -> None:
+    """A daemon that was killed before the move was settled; the backend that it came from does not answer the next."""
+    composer = world.composer()
+    make(composer)
+    opened = composer.open(composer.find("vm"))
+    unsettled(composer, "vm")
+    opened.write(0, pattern(9))
+    composer.abandon()
+    after = world.composer()
+    mapper, sealed = after.drop_backend("a")
+    after.away = {"a": StoreUnavailable("backend a is away")}
+    after.recover()
+    after.add_backend(mapper, sealed)
+    after.recover()
+    assert content_of(after, "vm") == pattern(9) + NEW[SECTOR_BYTES:]
+    after.close_all()
+    after.reclaim()
+    assert world.problems() == []
 
 
 def test_the_record_that_was_left_says_where_it_went(world: TwoStores) -> None:
