@@ -10,11 +10,11 @@ import pytest
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.compose.composer import Composer, Moved
-from archipfs.compose.replicas import PassedOver
+from archipfs.compose.replicas import Copier, PassedOver
 from archipfs.compose.sealing import unheeded
-from archipfs.errors import Busy, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
+from archipfs.errors import Busy, Conflict, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
 from archipfs.map.records import Hold, Kind, VolumeRecord
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, VolumeId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, LayerId, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
 
 SIZE = 8 * SECTOR_BYTES
@@ -407,6 +407,34 @@ def test_who_reads_it_on_another_node_does_not_go_on_with_what_was_left(world: T
     with composer.using(composer.find("vm")), other.using(other.find("vm")) as reader:
         assert reader.read(0, SECTOR_BYTES) == pattern(9)
     composer.recover()
+
+
+def test_what_it_is_made_on_there_may_be_removed_meanwhile(world: TwoStores, composer: Composer) -> None:
+    """By a node whose reclaim has looked for users of that layer before the volume became one."""
+    make(composer)
+    composer.remove("clone")
+    composer.sync("a", "b", progress=unheeded)
+    replicate, put_arriving = composer._replicate, composer.put_arriving
+    only_b = world.composer(only="b", host="two")
+
+    def replicate_and_roll_back(copier: Copier, record: VolumeRecord) -> bool:
+        changed = replicate(copier, record)
+        composer.rollback("vm", "vm@1")
+        return changed
+
+    def remove_and_put(copier: Copier, head: LayerId, wanted: VolumeRecord) -> VolumeRecord:
+        only_b.remove("vm@1")
+        return put_arriving(copier, head, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_replicate", replicate_and_roll_back)
+        patch.setattr(composer, "put_arriving", remove_and_put)
+        with pytest.raises(Conflict, match="has just been removed"):
+            move(composer, "vm")
+    assert where(composer)["vm"] == "a"
+    assert content_of(composer, "vm") == pattern(3, 8)
+    move(composer, "vm")
+    assert content_of(composer, "vm") == pattern(3, 8)
 
 
 def test_while_a_backend_is_away_a_moved_volume_keeps_what_only_memory_has_of_it(world: TwoStores) -> None:
