@@ -13,6 +13,7 @@ from archipfs.compose.composer import Composer, Moved
 from archipfs.compose.replicas import Copier, PassedOver
 from archipfs.compose.sealing import unheeded
 from archipfs.errors import Busy, Conflict, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
+from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, VolumeRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, LayerId, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
@@ -435,6 +436,50 @@ def test_what_it_is_made_on_there_may_be_removed_meanwhile(world: TwoStores, com
     assert content_of(composer, "vm") == pattern(3, 8)
     move(composer, "vm")
     assert content_of(composer, "vm") == pattern(3, 8)
+
+
+@pytest.mark.parametrize("when", ["before it has moved", "just afterwards"])
+def test_a_recovery_beside_it_leaves_lock_and_live_bitmap_alone(world: TwoStores, when: str) -> None:
+    """As one that begins because a third backend is back."""
+    composer = world.composer()
+    make(composer)
+    opened = composer.open(composer.find("vm"))
+    leave, is_hidden = composer._leave, composer.is_hidden
+    recovering = threading.Thread(target=composer.recover)
+    found_hidden, has_moved = threading.Event(), threading.Event()
+
+    def recover_and_leave(copier: Copier, volume: VolumeRecord) -> VolumeRecord:
+        recovering.start()
+        if when == "before it has moved":
+            recovering.join()
+        else:
+            assert found_hidden.wait(10)
+        return leave(copier, volume)
+
+    def look_early(mapper: Mapper, record: VolumeRecord) -> bool:
+        hidden = is_hidden(mapper, record)
+        if when == "just afterwards" and hidden and threading.current_thread() is recovering and record.name == "vm":
+            found_hidden.set()
+            assert has_moved.wait(10)
+        return hidden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_leave", recover_and_leave)
+        patch.setattr(composer, "is_hidden", look_early)
+        move(composer, "vm")
+        has_moved.set()
+        recovering.join()
+    lock = composer.mapper("b").locks.holder(opened.id)
+    assert lock is not None
+    assert Hold.IO in lock.holds
+    opened.write(0, pattern(9))
+    composer.abandon()
+    after = world.composer()
+    after.recover()
+    assert content_of(after, "vm") == pattern(9) + NEW[SECTOR_BYTES:]
+    after.close_all()
+    after.reclaim()
+    assert world.problems() == []
 
 
 def test_while_a_backend_is_away_a_moved_volume_keeps_what_only_memory_has_of_it(world: TwoStores) -> None:
