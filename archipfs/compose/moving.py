@@ -114,12 +114,12 @@ class Moving(Replicas, Recovery):
             assert present is not None
             head = copier.origin.catalog.layer(present.layer).record
             unwritten = engine.parent_visible >= engine.size and engine.head_is_clear(0, engine.size)
-            if head.parent is not None and unwritten:
-                layer = copier.layer(head.parent)
-            else:
-                layer = copier.still_changing(head)
+            shared = head.parent if unwritten else None
+            layer = copier.layer(shared) if shared is not None else copier.still_changing(head)
             with copier.target.new_layer(layer.id, present.size) as new_head:
                 record = self.put_arriving(copier, new_head.id, _arriving(copier, present))
+                if shared is not None:
+                    self._expect_kept(copier, shared, record)
                 home = self._home(copier.target)
                 return opened.go_over(home, lease, record, lambda: self._leave(copier, present))
 

@@ -137,10 +137,10 @@ class Recovery(Volumes):
             return
         for found in [Found(mapper, each.record) for each in mapper.volumes()]:
             record = found.record
+            if self.may_be_hidden(record):
+                continue  # what its live bitmap knows may be all there is, if it had just been moved
             if self.is_hidden(mapper, record):
-                # A move that was cut short before the volume had moved.
-                self._live[mapper.backend].forget(record.layer)
-                if record.id in held:
+                if record.layer in live or record.id in held:
                     self._let_go(mapper, record)
                 continue
             in_use = self.is_open(record.id) or record.id in self._table.awaited
@@ -154,10 +154,14 @@ class Recovery(Volumes):
                     log.error("not recovered", volume=record.name, error=str(error))
 
     def _let_go(self, mapper: Mapper, replica: VolumeRecord) -> None:
+        """After a move that was cut short before the volume had moved."""
         opened = self._table.volumes.get(replica.id)
         if opened is None or opened.control.acquire(blocking=False):  # else it is just being moved
             try:
-                mapper.locks.let_go(replica.id)
+                now = mapper.catalog.volume(replica.id).record
+                if self.is_hidden(mapper, now):  # else it has just been moved
+                    self._live[mapper.backend].forget(now.layer)
+                    mapper.locks.let_go(now.id)
             except ArchipError as error:
                 log.error("lock of a replica not given back", volume=replica.name, error=str(error))
             finally:

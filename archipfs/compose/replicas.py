@@ -5,6 +5,7 @@ Layers are copied as they never change once they are frozen: sealed ones as maps
 does it, but into the other store. A copied layer names its original, and so is found again by the next run.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from archipfs.errors import (
 from archipfs.map.catalog import Versioned
 from archipfs.map.chunks import Session, Swept
 from archipfs.map.commit import commit_sealed
-from archipfs.map.mapper import Mapper
+from archipfs.map.mapper import FOREIGN_GRACE_NS, Mapper
 from archipfs.map.records import Hold, LayerRecord, Replica, Sealed, VolumeRecord
 from archipfs.map.replicate import copy_map
 from archipfs.map.seal import Reader, build_map
@@ -55,6 +56,8 @@ COPY_THREADS = max(4, SEAL_THREADS)
 """They wait for stores more than they hash."""
 ATTEMPTS_MAX = 5
 """How many times in turn a layer may be sealed or reclaimed under us."""
+PENDING_NS_MAX = FOREIGN_GRACE_NS // 2
+"""How old a layer that nothing leads to may be for us to rely on it: other nodes take it for left behind later on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,18 @@ class Copier:
             return []  # that is said when it is copied
 
     def is_replica(self, volume: VolumeRecord) -> bool:
-        """Whether this volume in the target is one of the origin's."""
-        return volume.replica_of is not None and volume.replica_of.store == self.origin.store.id
+        """Whether this volume in the target is one of the origin's, and has not moved from there."""
+        replica = volume.replica_of
+        if replica is None or replica.store != self.origin.store.id:
+            return False
+        original = self.origin.catalog.get(VolumeRecord, volume.id) if replica.arriving else None
+        return original is None or original.record.moved_to != self.target.store.id
+
+    def has_original(self, replica: VolumeRecord) -> bool:
+        """Whether the origin still has the volume. Raises ``ObjectDamaged`` or ``FormatTooNew`` if its record does not
+        say."""
+        original = self.origin.catalog.get(VolumeRecord, replica.id)
+        return original is not None and original.record.name is not None
 
     def heed(self) -> None:
         """Raise what ``progress`` raises: nobody waits any more."""
@@ -187,14 +200,18 @@ class Copier:
 
         Whoever reclaims and has not seen ``by`` has seen who kept the layer before, if that still does.
         """
-        known = self._known[layer]
-        if known.via is None or known.via.id == by.id:
+        kept = self._is_kept(self._known[layer], by)
+        if not kept:
+            del self._known[layer]
+        return kept
+
+    def _is_kept(self, known: _Known, by: VolumeRecord) -> bool:
+        if known.via is None:
+            return time.time_ns() - known.record.created_ns < PENDING_NS_MAX
+        if known.via.id == by.id:
             return True
         now = self.target.catalog.get(VolumeRecord, known.via.id)
-        if now is None or now.record.name is None or now.record.layer != known.via.layer:
-            del self._known[layer]
-            return False
-        return True
+        return now is not None and now.record.name is not None and now.record.layer == known.via.layer
 
     def _copy(self, source: LayerRecord, original: LayerId | None) -> LayerRecord:
         while True:
@@ -425,7 +442,7 @@ class Replicas(Seals):
             with copier.target.new_layer(layer.id, wanted.size) as head:
                 record = msgspec.structs.replace(wanted, layer=head.id, name=record.name)
                 copier.target.catalog.put_volume(record, found.version)
-            self._expect_kept(copier, content, record)
+            self._expect_kept(copier, content.layer, record)
         if record == msgspec.structs.replace(wanted, layer=record.layer):
             return None if record is found.record else record
         if record.name != wanted.name:
@@ -461,7 +478,7 @@ class Replicas(Seals):
                 top = stack.enter_context(target.new_layer(layer.id, wanted.size)).id
             made = target.publish(reservation, msgspec.structs.replace(wanted, layer=top))
             try:
-                self._expect_kept(copier, content, made.record)
+                self._expect_kept(copier, content.layer, made.record)
             except Conflict:
                 target.withdraw(made)
                 raise
@@ -487,20 +504,19 @@ class Replicas(Seals):
 
     def _remove_orphans(self, copier: Copier, done: Synced, *, dry_run: bool) -> None:
         """Remove the replicas of what the origin has no more."""
-        originals = {found.record.id for found in copier.origin.volumes()}
         for found in list(copier.target.volumes()):
             record = found.record
-            if record.id in originals or not copier.is_replica(record):
-                continue
             with _passing_over(done, record):
+                if not copier.is_replica(record) or copier.has_original(record):
+                    continue
                 if not dry_run:
                     if record.writable:
                         copier.target.locks.take(record.id, Hold.IO, called=str(record.name))
                     copier.target.purge(copier.target.remove(record.id))
                 done.removed.append(str(record.name))
 
-    def _expect_kept(self, copier: Copier, content: Content, record: VolumeRecord) -> None:
-        if not copier.still_kept(content.layer, record):
+    def _expect_kept(self, copier: Copier, layer: LayerId, record: VolumeRecord) -> None:
+        if not copier.still_kept(layer, record):
             raise Conflict(f"what {record.name} was made on in backend {copier.target.backend} has just been removed")
 
 

@@ -87,7 +87,7 @@ class OpenVolume:
         """As it was when it was opened, if it was a replica."""
         self._base: LayerId | None = None
         """The sealed layer at the bottom of the engine's chain, as far as we had it go over to one."""
-        self._fresh = FreshReader(lambda: self._durable_engine(self.mapper.catalog.volume(self.id).record))
+        self._fresh = FreshReader(self._fresh_engine)
         self._found_missing: Sequence[object] = ()
         """What a mere reader went by when an object was missing."""
         self._guard_mutex = threading.Lock()
@@ -161,7 +161,7 @@ class OpenVolume:
                 # Only now is the record ours alone to change.
                 before = self.mapper.catalog.volume(self.id).record
                 if before.moved_to is not None:
-                    raise NotFound(f"the volume {self.id} has been moved to another backend; open it again")
+                    raise self._moved_error()
                 if before.replica_of is not None:
                     # Before anything is read: whoever copies to it does so only as long as it is a replica.
                     self.mapper.change(self.id, _of_its_own)
@@ -680,6 +680,16 @@ class OpenVolume:
         engine, lease = self._engine, self._lease
         if engine is not None and lease is not None:
             self._verify(engine, lease)
+
+    def _fresh_engine(self) -> EngineVolume:
+        """Over what the store holds now of a volume that another node writes."""
+        record = self.mapper.catalog.volume(self.id).record
+        if record.moved_to is not None:
+            raise self._moved_error()  # what is left here is what it held then
+        return self._durable_engine(record)
+
+    def _moved_error(self) -> NotFound:
+        return NotFound(f"the volume {self.id} has been moved to another backend; open it again")
 
     def _durable_engine(self, record: VolumeRecord) -> EngineVolume:
         def open_chain(chain: Sequence[LayerRecord]) -> list[EngineLayer]:

@@ -18,7 +18,7 @@ from archipfs.compose.volume import EngineUser, Home, OpenVolume
 from archipfs.errors import AlreadyExists, Busy, NotFound, ObjectMissing, ReadOnlyVolume, StoreUnavailable
 from archipfs.map.mapper import Mapper
 from archipfs.map.names import check_name
-from archipfs.map.records import Hold, LayerRecord, LockRecord, VolumeRecord
+from archipfs.map.records import Hold, LayerRecord, LockRecord, Replica, VolumeRecord
 from archipfs.types import SECTOR_BYTES, RequestId, VolumeId
 
 MOVES_MAX = 5
@@ -162,11 +162,21 @@ class Volumes:
     def is_hidden(self, mapper: Mapper, record: VolumeRecord) -> bool:
         """Whether this volume in ``mapper`` is the replica of one that this node has: nothing resolves to it."""
         replica = record.replica_of
-        original = next((each for each in self._mappers.values() if replica and each.store.id == replica.store), None)
-        if replica is None or original is None:
+        if replica is None:
             return False
+        original = self._original_of(replica)
+        if original is None:
+            return self.may_be_hidden(record)
         found = original.catalog.get(VolumeRecord, record.id) if replica.arriving else None
         return found is None or found.record.moved_to != mapper.store.id
+
+    def may_be_hidden(self, record: VolumeRecord) -> bool:
+        """Whether a backend is away that may have the original of this volume: nobody knows then."""
+        return bool(self.away) and record.replica_of is not None and self._original_of(record.replica_of) is None
+
+    def _original_of(self, replica: Replica) -> Mapper | None:
+        """Of the backend that it was copied from, if this node has that."""
+        return next((each for each in self._mappers.values() if each.store.id == replica.store), None)
 
     def find_again(self, found: Found) -> Found:
         """The volume as it is now. Raises ``NotFound``.

@@ -222,6 +222,13 @@ def open_node(config: Config, *, recover: bool = True, all_backends: bool = True
         composer.reclaim()
 
 
+@dataclass(frozen=True, slots=True)
+class _Store:
+    backend: BackendConfig
+    mapper: Mapper
+    sealed: SealedStore
+
+
 class _Stores:
     """What is open of the backends; closed in the order in which it leans on one another."""
 
@@ -233,6 +240,8 @@ class _Stores:
             packs_bytes_max=config.cache.packs,
         )
         self._blockers, self._sealed = ExitStack(), ExitStack()
+        self._opened: dict[str, _Store] = {}
+        """By the store's id; also those that were detached since, in which something may still be under way."""
 
     def __enter__(self) -> "_Stores":
         return self
@@ -245,15 +254,27 @@ class _Stores:
     def open(
         self, backend: BackendConfig, identity: NodeIdentity, others: Mapping[str, Mapper]
     ) -> tuple[Mapper, SealedStore]:
-        """Raises ``InvalidConfig`` if the store is that of another backend."""
+        """Raises ``InvalidConfig`` if the store is that of another backend.
+
+        A store is opened once in the life of a process: one that was detached is taken up again as it is.
+        """
         with ExitStack() as opening:
             blocker = open_backend(backend)
             opening.callback(blocker.close)
             mapper = Mapper(backend.name, blocker, identity, format_bitmap)
             _refuse_twin(mapper, others)
+            known = self._opened.get(mapper.store.id)
+            if known is not None:
+                if known.backend != backend:
+                    raise InvalidConfig(
+                        f"backend {backend.name}: this process has its store open as {known.backend.name}, as it was "
+                        "configured before; unmount and mount again to use it"
+                    )
+                return known.mapper, known.sealed
             self._blockers.push(opening.pop_all())
         sealed = SealedStore(mapper, self._shared)
         self._sealed.callback(sealed.close)
+        self._opened[mapper.store.id] = _Store(backend, mapper, sealed)
         return mapper, sealed
 
 

@@ -10,11 +10,12 @@ import pytest
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.compose.composer import Composer, Moved
-from archipfs.compose.replicas import PassedOver
+from archipfs.compose.replicas import Copier, PassedOver
 from archipfs.compose.sealing import unheeded
-from archipfs.errors import Busy, Fenced, InvalidInput, LockHeld, NotFound, StoreError
+from archipfs.errors import Busy, Conflict, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
+from archipfs.map.mapper import Mapper
 from archipfs.map.records import Hold, Kind, VolumeRecord
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, VolumeId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, LayerId, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
 
 SIZE = 8 * SECTOR_BYTES
@@ -370,6 +371,135 @@ def test_another_node_finds_it_where_it_is(world: TwoStores, composer: Composer)
     assert see(other) == before
     assert where(other)["vm"] == "b"
     other.close_all()
+
+
+def unsettled(composer: Composer, name: str) -> None:
+    """Have it moved, but for the last step, as a crash or an error of a store leaves it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_settle", lambda copier, original: None)
+        move(composer, name)
+
+
+@pytest.mark.parametrize("name", ["vm", "vm@2"])
+def test_a_sync_does_not_take_what_has_just_moved_for_a_replica(
+    world: TwoStores, composer: Composer, name: str
+) -> None:
+    make(composer)
+    before = see(composer)
+    unsettled(composer, name)
+    assert composer.sync("a", "b", progress=unheeded, delete=True).removed == []
+    assert see(composer) == before
+    composer.recover()
+    assert see(composer) == before
+    assert where(composer)[name] == "b"
+
+
+def test_who_reads_it_on_another_node_does_not_go_on_with_what_was_left(world: TwoStores, composer: Composer) -> None:
+    make(composer)
+    other = world.composer(host="two")
+    with composer.using(composer.find("vm")) as opened, other.using(other.find("vm")) as reader:
+        opened.flush()
+        assert reader.read(0, SECTOR_BYTES) == NEW[:SECTOR_BYTES]
+        unsettled(composer, "vm")
+        opened.write(0, pattern(9))
+        opened.flush()
+        with pytest.raises(NotFound, match="moved to another backend; open it again"):
+            reader.read(0, SECTOR_BYTES)
+    with composer.using(composer.find("vm")), other.using(other.find("vm")) as reader:
+        assert reader.read(0, SECTOR_BYTES) == pattern(9)
+    composer.recover()
+
+
+def test_what_it_is_made_on_there_may_be_removed_meanwhile(world: TwoStores, composer: Composer) -> None:
+    """By a node whose reclaim has looked for users of that layer before the volume became one."""
+    make(composer)
+    composer.remove("clone")
+    composer.sync("a", "b", progress=unheeded)
+    replicate, put_arriving = composer._replicate, composer.put_arriving
+    only_b = world.composer(only="b", host="two")
+
+    def replicate_and_roll_back(copier: Copier, record: VolumeRecord) -> bool:
+        changed = replicate(copier, record)
+        composer.rollback("vm", "vm@1")
+        return changed
+
+    def remove_and_put(copier: Copier, head: LayerId, wanted: VolumeRecord) -> VolumeRecord:
+        only_b.remove("vm@1")
+        return put_arriving(copier, head, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_replicate", replicate_and_roll_back)
+        patch.setattr(composer, "put_arriving", remove_and_put)
+        with pytest.raises(Conflict, match="has just been removed"):
+            move(composer, "vm")
+    assert where(composer)["vm"] == "a"
+    assert content_of(composer, "vm") == pattern(3, 8)
+    move(composer, "vm")
+    assert content_of(composer, "vm") == pattern(3, 8)
+
+
+@pytest.mark.parametrize("when", ["before it has moved", "just afterwards"])
+def test_a_recovery_beside_it_leaves_lock_and_live_bitmap_alone(world: TwoStores, when: str) -> None:
+    """As one that begins because a third backend is back."""
+    composer = world.composer()
+    make(composer)
+    opened = composer.open(composer.find("vm"))
+    leave, is_hidden = composer._leave, composer.is_hidden
+    recovering = threading.Thread(target=composer.recover)
+    found_hidden, has_moved = threading.Event(), threading.Event()
+
+    def recover_and_leave(copier: Copier, volume: VolumeRecord) -> VolumeRecord:
+        recovering.start()
+        if when == "before it has moved":
+            recovering.join()
+        else:
+            assert found_hidden.wait(10)
+        return leave(copier, volume)
+
+    def look_early(mapper: Mapper, record: VolumeRecord) -> bool:
+        hidden = is_hidden(mapper, record)
+        if when == "just afterwards" and hidden and threading.current_thread() is recovering and record.name == "vm":
+            found_hidden.set()
+            assert has_moved.wait(10)
+        return hidden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_leave", recover_and_leave)
+        patch.setattr(composer, "is_hidden", look_early)
+        move(composer, "vm")
+        has_moved.set()
+        recovering.join()
+    lock = composer.mapper("b").locks.holder(opened.id)
+    assert lock is not None
+    assert Hold.IO in lock.holds
+    opened.write(0, pattern(9))
+    composer.abandon()
+    after = world.composer()
+    after.recover()
+    assert content_of(after, "vm") == pattern(9) + NEW[SECTOR_BYTES:]
+    after.close_all()
+    after.reclaim()
+    assert world.problems() == []
+
+
+def test_while_a_backend_is_away_a_moved_volume_keeps_what_only_memory_has_of_it(world: TwoStores) -> None:
+    """A daemon that was killed before the move was settled; the backend that it came from does not answer the next."""
+    composer = world.composer()
+    make(composer)
+    opened = composer.open(composer.find("vm"))
+    unsettled(composer, "vm")
+    opened.write(0, pattern(9))
+    composer.abandon()
+    after = world.composer()
+    mapper, sealed = after.drop_backend("a")
+    after.away = {"a": StoreUnavailable("backend a is away")}
+    after.recover()
+    after.add_backend(mapper, sealed)
+    after.recover()
+    assert content_of(after, "vm") == pattern(9) + NEW[SECTOR_BYTES:]
+    after.close_all()
+    after.reclaim()
+    assert world.problems() == []
 
 
 def test_the_record_that_was_left_says_where_it_went(world: TwoStores) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
 from archipfs.compose.composer import Composer, Found, Synced
 from archipfs.compose.sealing import unheeded
-from archipfs.errors import InvalidInput, NotFound, StoreError
-from archipfs.map.mapper import StoreOptions
+from archipfs.errors import InvalidInput, NotFound, StoreError, StoreUnavailable
+from archipfs.map.mapper import FOREIGN_GRACE_NS, StoreOptions
 from archipfs.map.records import Kind
 from archipfs.types import REGION_BYTES, SECTOR_BYTES
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
@@ -311,6 +312,61 @@ def test_a_damaged_volume_does_not_keep_others_from_being_copied(world: TwoStore
     assert {name for name, _ in done.passed_over} == {"bad", "bad@1"}
     for name in ("bad", "bad@1"):
         composer.remove(name)
+
+
+def test_a_record_of_the_origin_that_is_damaged_does_not_cost_the_replica(world: TwoStores, composer: Composer) -> None:
+    """Nobody can say that the origin has no such volume any more: the replica may be all that is left of it."""
+    family(composer)
+    sync(composer)
+    before = see(world.composer(only="b"))
+    key = f"volume/{composer.find('vm@1').record.id}"
+    found = world.stores["a"].get_record(key)
+    assert found is not None
+    version = world.stores["a"].put_record(key, found.value[:-1], found.version)
+    done = composer.sync("a", "b", progress=unheeded, delete=True)
+    assert done.removed == []
+    assert "is damaged" in dict(done.passed_over)["vm@1"]
+    assert see(world.composer(only="b")) == before
+    world.stores["a"].put_record(key, found.value, version)
+
+
+def test_a_copy_that_nothing_leads_to_for_long_is_not_relied_upon(
+    world: TwoStores, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other nodes take it for left behind after an hour."""
+    volume(composer, "vm", (3, noise(1, 200)))
+    composer.snapshot("vm", "vm@1")
+    record = composer.find("vm@1").record
+    with composer._copier(composer.mapper("a"), composer.mapper("b")) as copier:
+        copied = copier.layer(record.layer)
+        assert copier.still_kept(record.layer, record)
+        assert copier.layer(record.layer) == copied
+        now_ns = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now_ns + FOREIGN_GRACE_NS)
+        assert not copier.still_kept(record.layer, record)
+        again = copier.layer(record.layer)
+        assert again.id != copied.id
+        assert again.sealed is not None
+        assert copied.sealed is not None
+        assert again.sealed.root == copied.sealed.root
+    composer.recover()
+
+
+def test_as_long_as_the_origin_is_away_nothing_resolves_to_a_replica(world: TwoStores, composer: Composer) -> None:
+    """It may be older than the volume, and whoever wrote to it would have two of them."""
+    family(composer)
+    composer.create("other", SECTOR_BYTES, backend="b")
+    sync(composer)
+    composer.close_all()
+    only_b = world.composer(only="b")
+    only_b.away = {"a": StoreUnavailable("backend a is away")}
+    volume = composer.find("vm").record.id
+    for look in (lambda: only_b.find("vm"), lambda: only_b.find_by_id(volume), lambda: list(only_b.volumes())):
+        with pytest.raises(StoreUnavailable, match="backend a is away"):
+            look()
+    assert only_b.find("other").mapper.backend == "b"
+    only_b.away = {}
+    assert only_b.find("vm").mapper.backend == "b"
 
 
 def test_a_dry_run_changes_nothing(world: TwoStores, composer: Composer) -> None:

@@ -13,6 +13,7 @@ from archipfs.daemon.client import connect
 from archipfs.daemon.commands import call
 from archipfs.daemon.node import create_backend, create_default_backend, exclusive, open_node
 from archipfs.errors import AlreadyExists, Busy, DaemonError, InvalidConfig, StoreUnavailable
+from archipfs.map.records import LayerRecord
 
 
 @pytest.fixture
@@ -131,6 +132,31 @@ def test_a_backend_that_is_away_keeps_nobody_from_the_others(config: Config, tmp
         (tmp_path / "elsewhere").rename(tmp_path / "far")
         node.look_for_away()
         assert sorted(str(each.record.name) for each in node.composer.volumes()) == ["distant", "near"]
+
+
+def test_a_backend_that_was_forgotten_can_be_used_again(config: Config, tmp_path: Path) -> None:
+    """By the same process: what is sealed in it is read as before, and what is under way in it is known."""
+    far = BackendConfig("far", "file", {"path": str(tmp_path / "far")})
+    config = create_backend(config, far)
+    with open_node(config) as node:
+        composer = node.composer
+        composer.create("vm", 1 << 16, backend="far")
+        with composer.using(composer.find("vm")) as opened:
+            opened.write(0, b"a" * (1 << 16))
+        composer.snapshot("vm", "vm@1")
+        composer.seal("vm@1")
+        with composer.mapper("far").bare_layer() as under_way:
+            node.detach("far")
+            create_backend(node.config, far)
+            node.attach("far")
+            composer.mapper("far").reclaim()
+            assert composer.mapper("far").catalog.get(LayerRecord, under_way.id) is not None
+        with composer.using(composer.find("vm@1")) as opened:
+            assert opened.read(0, opened.size) == b"a" * (1 << 16)
+        node.detach("far")
+        create_backend(node.config, replace(far, name="other"))
+        with pytest.raises(InvalidConfig, match="open as far"):
+            node.attach("other")
 
 
 def test_the_backend_that_volumes_are_made_in_has_to_be_there(config: Config, tmp_path: Path) -> None:
