@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from archipfs.blockers.contract import Blocker
@@ -17,7 +18,7 @@ from archipfs.compose.sealing import unheeded
 from archipfs.compose.volume import OpenVolume
 from archipfs.errors import Busy, Conflict, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
 from archipfs.map.mapper import Mapper
-from archipfs.map.records import Hold, Kind, VolumeRecord
+from archipfs.map.records import Hold, Kind, Replica, VolumeRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, LayerId, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
 
@@ -395,6 +396,19 @@ def test_a_sync_does_not_take_what_has_just_moved_for_a_replica(
     composer.recover()
     assert see(composer) == before
     assert where(composer)[name] == "b"
+
+
+def test_nor_where_another_sync_has_just_called_it_one(composer: Composer) -> None:
+    """One that had found it arriving, and wrote its record when it had moved."""
+    make(composer)
+    before, volume = see(composer), composer.find("vm@2").record.id
+    unsettled(composer, "vm@2")
+    only_a = Replica(composer.mapper("a").store.id)
+    composer.mapper("b").change(volume, lambda record: msgspec.structs.replace(record, replica_of=only_a))
+    assert composer.sync("a", "b", progress=unheeded, delete=True).removed == []
+    composer.recover()
+    assert see(composer) == before
+    assert where(composer)["vm@2"] == "b"
 
 
 def test_who_reads_it_on_another_node_does_not_go_on_with_what_was_left(world: TwoStores, composer: Composer) -> None:
