@@ -84,8 +84,8 @@ def _share(
     if not _is_hole(reader, target.size, target_offset):
         return NOT_SHARED
     with _both_controlled(source, target):
-        if target.size > target_offset:
-            return NOT_SHARED  # somebody wrote there meanwhile
+        if target.size > target_offset or source.mapper is not target.mapper:
+            return NOT_SHARED  # somebody wrote there meanwhile, or has moved one of them
         if target.size == 0:
             return _clone(source, reader, target, target_offset, target_offset + length)
         return _extend(reader, target, target_offset, target_offset + length)

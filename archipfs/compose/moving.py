@@ -112,8 +112,11 @@ class Moving(Replicas, Recovery):
         with opened.standing_still() as engine:
             present = opened.present_record()
             assert present is not None
+            if present.name is None:
+                raise NotFound(f"the volume {opened.id} has just been removed; see `archip volume-list`")
             head = copier.origin.catalog.layer(present.layer).record
-            unwritten = engine.parent_visible >= engine.size and engine.head_is_clear(0, engine.size)
+            shows_all = engine.parent_visible >= engine.size
+            unwritten = engine.size == 0 or (shows_all and engine.head_is_clear(0, engine.size))
             shared = head.parent if unwritten else None
             layer = copier.layer(shared) if shared is not None else copier.still_changing(head)
             with copier.target.new_layer(layer.id, present.size) as new_head:

@@ -162,7 +162,8 @@ class Copier:
         replica = volume.replica_of
         if replica is None or replica.store != self.origin.store.id:
             return False
-        original = self.origin.catalog.get(VolumeRecord, volume.id) if replica.arriving else None
+        # Whether it arrives or not: a sync on another node may have written that down just when it moved.
+        original = self.origin.catalog.get(VolumeRecord, volume.id)
         return original is None or original.record.moved_to != self.target.store.id
 
     def has_original(self, replica: VolumeRecord) -> bool:

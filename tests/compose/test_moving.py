@@ -3,18 +3,22 @@
 import itertools
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment
+from archipfs.compose import copy
 from archipfs.compose.composer import Composer, Moved
 from archipfs.compose.replicas import Copier, PassedOver
 from archipfs.compose.sealing import unheeded
+from archipfs.compose.volume import OpenVolume
 from archipfs.errors import Busy, Conflict, Fenced, InvalidInput, LockHeld, NotFound, StoreError, StoreUnavailable
 from archipfs.map.mapper import Mapper
-from archipfs.map.records import Hold, Kind, VolumeRecord
+from archipfs.map.records import Hold, Kind, Replica, VolumeRecord
 from archipfs.types import REGION_BYTES, SECTOR_BYTES, LayerId, VolumeId
 from tests.compose.world import Seen, TwoStores, content_of, crashing, fill, pattern, see
 
@@ -394,6 +398,19 @@ def test_a_sync_does_not_take_what_has_just_moved_for_a_replica(
     assert where(composer)[name] == "b"
 
 
+def test_nor_where_another_sync_has_just_called_it_one(composer: Composer) -> None:
+    """One that had found it arriving, and wrote its record when it had moved."""
+    make(composer)
+    before, volume = see(composer), composer.find("vm@2").record.id
+    unsettled(composer, "vm@2")
+    only_a = Replica(composer.mapper("a").store.id)
+    composer.mapper("b").change(volume, lambda record: msgspec.structs.replace(record, replica_of=only_a))
+    assert composer.sync("a", "b", progress=unheeded, delete=True).removed == []
+    composer.recover()
+    assert see(composer) == before
+    assert where(composer)["vm@2"] == "b"
+
+
 def test_who_reads_it_on_another_node_does_not_go_on_with_what_was_left(world: TwoStores, composer: Composer) -> None:
     make(composer)
     other = world.composer(host="two")
@@ -480,6 +497,48 @@ def test_a_recovery_beside_it_leaves_lock_and_live_bitmap_alone(world: TwoStores
     after.close_all()
     after.reclaim()
     assert world.problems() == []
+
+
+@pytest.mark.parametrize("moved", ["vm", "copy"])
+def test_a_copy_that_begins_just_before_it_is_made(composer: Composer, moved: str) -> None:
+    """As a clone it could not be, for the layers of the two lie in different backends by then."""
+    make(composer)
+    composer.sync("a", "b", progress=unheeded)
+    composer.create("copy", 0, backend="a")
+    both_controlled = copy._both_controlled
+
+    @contextmanager
+    def move_first(one: OpenVolume, other: OpenVolume) -> Iterator[None]:
+        move(composer, moved)
+        with both_controlled(one, other):
+            yield
+
+    with (
+        composer.using(composer.find("vm")) as source,
+        composer.using(composer.find("copy")) as target,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(copy, "_both_controlled", move_first)
+        assert composer.copy_range(source, 0, target, 0, SIZE) == SIZE
+        assert target.read(0, SIZE) == NEW
+    assert where(composer)[moved] == "b"
+
+
+def test_what_was_removed_while_in_use_is_not_moved(composer: Composer) -> None:
+    make(composer)
+    replicate = composer._replicate
+
+    def replicate_and_remove(copier: Copier, record: VolumeRecord) -> bool:
+        changed = replicate(copier, record)
+        composer.remove("vm", even_if_open=True)
+        return changed
+
+    with composer.using(composer.find("vm")) as opened, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(composer, "_replicate", replicate_and_remove)
+        with pytest.raises(NotFound, match="removed"):
+            move(composer, "vm")
+        assert opened.read(0, opened.size) == NEW
+    assert "vm" not in where(composer)
 
 
 def test_while_a_backend_is_away_a_moved_volume_keeps_what_only_memory_has_of_it(world: TwoStores) -> None:
