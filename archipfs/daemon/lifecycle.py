@@ -79,8 +79,14 @@ def umount(config: Config, mountpoint: Path | None) -> None:
         raise NotFound(f"{mountpoint} is not mounted from here, {ours} is; see `archip status`")
     with _waiting_for_end(status["supervisor_pid"]):
         _unmount(ours, lazy=False)
-        with exclusive(config, holder={"pid": os.getpid()}, wait_seconds=END_SECONDS, wait_for_daemon=True):
-            pass
+        try:
+            with exclusive(config, holder={"pid": os.getpid()}, wait_seconds=END_SECONDS, wait_for_daemon=True):
+                pass
+        except Busy:
+            raise Busy(
+                f"{ours} is unmounted, but the daemon, process {status['daemon_pid']}, has not ended in "
+                f"{END_SECONDS:.0f} s; it does when its stores have answered, or have not in their time: see its log"
+            ) from None
 
 
 @contextmanager
