@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -225,6 +226,7 @@ def verify_by_fio(path: Path, tmp_path: Path, depth: int, *options: str) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # it works in processes of its own, and they all have to end
     )
 
 
@@ -304,7 +306,7 @@ def expect_pauses(mount: Instance, place: Path, seed: int, kills: int) -> None:
     finally:
         for job in jobs:
             with suppress(ProcessLookupError):
-                job.kill()
+                os.killpg(job.pid, signal.SIGKILL)
             job.communicate()
     print({kind: round(seconds, 3) for kind, seconds in longest.items()}, pauses.counts)
     assert max(longest.values()) < PAUSE_SECONDS_MAX, longest
