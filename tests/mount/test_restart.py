@@ -261,6 +261,27 @@ def test_a_store_that_is_away_when_the_daemon_dies_is_waited_for(make_instance: 
     assert read_all(volume)[: 2 * SECTOR_BYTES] == b"x" * SECTOR_BYTES + b"y" * SECTOR_BYTES
 
 
+def test_a_directory_that_is_being_read_when_the_daemon_dies_shows_everything_once(
+    make_instance: Callable[..., Instance],
+) -> None:
+    mount = make_instance(supervised=True).mount()
+    there = {f"m{number}-{'x' * 200}" for number in range(300)}
+    for name in there:
+        create(mount.path / name, 0)
+    gone = {name for name in there if name.startswith("m1")}
+    with os.scandir(mount.path) as entries:
+        seen = [next(entries).name]
+        pid = mount.kill_daemon()
+        mount.wait_for_another_daemon(pid)
+        for number in range(50):
+            create(mount.path / f"a{number}", 0)  # before the others in order of names
+        for name in gone - set(seen):
+            os.unlink(mount.path / name)
+        seen += [entry.name for entry in entries]
+    assert len(seen) == len(set(seen))
+    assert there - gone <= set(seen)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_at_random_moments_are_pauses(make_instance: Callable[..., Instance], tmp_path: Path) -> None:

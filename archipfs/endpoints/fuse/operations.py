@@ -13,6 +13,7 @@ import itertools
 import os
 import stat
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -57,6 +58,8 @@ BLOCK_BYTES = 512
 THREADS_MAX = 64
 LOCK_RETRY_SECONDS_MAX = 1.0
 IDLE_CHECK_SECONDS = 0.002
+DOTS = 2
+"""The places of the two entries that every directory has are 1 and 2."""
 READDIR_ENTRIES = 32
 """At most so many in one answer; the kernel's page holds about as many."""
 QUIET = frozenset({errno.ENOENT, errno.ENODATA, errno.ENOTTY})
@@ -110,9 +113,12 @@ class Numbering:
 
 @dataclass(slots=True)
 class _Listing:
-    """What an open directory shows."""
+    """What an open directory shows, in the order in which the volumes were made."""
 
     found: list[Found] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Of each, what a reader goes on behind: it follows from when the volume was made, so that whatever comes or goes,
+    and in the time of another process too, nothing is shown twice or left out."""
     error: StoreUnavailable | None = None
     """To be told at the end: a backend is away, and what lies in it is missing here. Whoever compares (rsync --delete)
     must not take it for removed."""
@@ -172,30 +178,36 @@ class VolumeOperations(pyfuse3.Operations):
                 listing.found.append(found)
         except StoreUnavailable as error:
             listing.error = error
-        listing.found.sort(key=lambda each: str(each.record.name))
+        listing.found.sort(key=lambda each: (each.record.created_ns, each.record.id))
+        place = DOTS
+        for found in listing.found:
+            place = max(place + 1, found.record.created_ns)
+            listing.places.append(place)
         return listing
 
     @replies
     async def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         if handle not in self._listings:  # opened in the time of an earlier process
             self._listings[handle] = await self._run(self._listing)
-        listing, error = self._listings[handle].found, self._listings[handle].error
+        known = self._listings[handle]
+        listing, places, error = known.found, known.places, known.error
         for index, dots in enumerate((b".", b"..")):
             if start_id <= index and not pyfuse3.readdir_reply(token, dots, self._root_attributes(), index + 1):
                 return
-        position, answered = max(0, start_id - 2), False
+        position, answered = bisect_right(places, start_id), False
         while position < len(listing) and not answered:  # an empty answer would mean the end
             entries = listing[position : position + READDIR_ENTRIES]
             attributes = await self._run(self._attributes_again, entries)
             for found, entry in zip(entries, attributes, strict=True):
+                place = places[position]
                 position += 1
                 if entry is None:
                     continue
-                if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, position + 2):
+                if not pyfuse3.readdir_reply(token, str(found.record.name).encode(), entry, place):
                     return
                 self._inodes.remember(found.record.id)
                 answered = True
-        if error is not None and not answered and start_id >= 2:
+        if error is not None and not answered and start_id >= DOTS:
             raise error
 
     @replies
