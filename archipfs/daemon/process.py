@@ -169,15 +169,31 @@ class _Life:
             await mount.initialised()
             nursery.start_soon(control.serve, node, listener)
             await self._is_ready(listener.socket.fileno())
-            nursery.start_soon(_reclaim_space, node, self.went_on)
-            nursery.start_soon(_watch_locks, node, mount)
-            nursery.start_soon(_go_over_to_seals, node)
             nursery.start_soon(_end_seals, node)
-            nursery.start_soon(_look_for_away, node)
-            if node.config.seal.background:
-                nursery.start_soon(_seal_in_background, node)
-            if node.config.gc.background:
-                nursery.start_soon(_collect_garbage, node)
+            self._start_chores(nursery)
+
+    def _start_chores(self, nursery: trio.Nursery) -> None:
+        """What is done now and then beside requests, each in a thread of its own, since it may have to wait."""
+        node, composer = self.node, self.node.composer
+
+        def watch_locks() -> None:
+            for volume in composer.watch_locks():
+                trio.from_thread.run(self.mount.operations.invalidate, inode_of(volume))
+
+        def collect_garbage() -> None:
+            collect_in_background(composer, list(node.upkeep.values()))
+
+        recover = composer.recover if self.went_on else None
+        nursery.start_soon(_every, HOUSEKEEPING_SECONDS, composer.reclaim, recover)
+        composer.begin_watching_stores()
+        nursery.start_soon(_every, HOUSEKEEPING_SECONDS, watch_locks)
+        nursery.start_soon(_every, LOOK_SECONDS, composer.go_over_to_seals)
+        nursery.start_soon(_every, STORE_RETRY_SECONDS, node.look_for_away)
+        if node.config.seal.background:
+            sealing = BackgroundSealing(composer, node.config.seal)
+            nursery.start_soon(_every, HOUSEKEEPING_SECONDS, sealing.seal_what_is_due)
+        if node.config.gc.background:
+            nursery.start_soon(_every, max(node.config.gc.every_seconds, HOUSEKEEPING_SECONDS), collect_garbage)
 
     async def _serve(self, life: trio.CancelScope) -> None:
         await self.mount.serve()
@@ -215,8 +231,10 @@ class _Life:
                 # Whatever ends meanwhile, as pyfuse3 does, must not have us unmount.
                 with trio.CancelScope(shield=True):
                     async with trio.open_nursery() as watch:
-                        # What waits until we are back in a store is to be answered too.
-                        watch.start_soon(_return_to_stores, self.node)
+                        # What waits until we are back in a store is to be answered too. What is lost the next daemon
+                        # finds out when it opens it.
+                        back = self.node.composer.return_to_stores
+                        watch.start_soon(_every, HOUSEKEEPING_SECONDS, back, back)
                         await self.mount.hand_over()
                         log.info("handed over", pid=os.getpid())
                         os._exit(HANDED_OVER_EXIT_CODE)
@@ -239,32 +257,24 @@ def _leave_with_manager(descriptors: Mapping[str, int]) -> bool:
     return all(store(name, descriptor) for name, descriptor in descriptors.items())
 
 
-async def _reclaim_space(node: Node, recover: bool) -> None:
-    """Every now and then delete what removed volumes have left; before that, ``recover`` if nobody has yet."""
+async def _every(seconds: float, chore: Callable[[], object], first: Callable[[], object] | None = None) -> None:
+    """Do a chore in a thread again and again, after a pause each time; before the first pause, ``first``.
+
+    A bug in one is logged, and does not end the mount.
+    """
     threads = trio.CapacityLimiter(1)
 
-    async def run(chore: Callable[[], object]) -> None:
+    async def do(this: Callable[[], object]) -> None:
         try:
-            await trio.to_thread.run_sync(chore, limiter=threads)
+            await trio.to_thread.run_sync(this, limiter=threads)
         except Exception:
-            log.exception("bug", chore=chore.__name__)
+            log.exception("bug", chore=this.__name__)
 
-    if recover:
-        await run(node.composer.recover)
+    if first is not None:
+        await do(first)
     while True:
-        await trio.sleep(HOUSEKEEPING_SECONDS)
-        await run(node.composer.reclaim)
-
-
-async def _go_over_to_seals(node: Node) -> None:
-    """Every now and then have open volumes read what other nodes have sealed."""
-    threads = trio.CapacityLimiter(1)
-    while True:
-        await trio.sleep(LOOK_SECONDS)
-        try:
-            await trio.to_thread.run_sync(node.composer.go_over_to_seals, limiter=threads)
-        except Exception:
-            log.exception("bug", chore="go over to seals")
+        await trio.sleep(seconds)
+        await do(chore)
 
 
 async def _end_seals(node: Node) -> None:
@@ -273,65 +283,6 @@ async def _end_seals(node: Node) -> None:
         await trio.sleep_forever()
     finally:
         node.composer.end_seals()
-
-
-async def _seal_in_background(node: Node) -> None:
-    """Every now and then seal what is old enough."""
-    threads = trio.CapacityLimiter(1)
-    sealing = BackgroundSealing(node.composer, node.config.seal)
-    while True:
-        await trio.sleep(HOUSEKEEPING_SECONDS)
-        try:
-            await trio.to_thread.run_sync(sealing.seal_what_is_due, limiter=threads)
-        except Exception:
-            log.exception("bug", chore="seal in the background")
-
-
-async def _look_for_away(node: Node) -> None:
-    """Every now and then see whether backends that were away when we began can be reached."""
-    threads = trio.CapacityLimiter(1)
-    while node.composer.away:
-        await trio.sleep(STORE_RETRY_SECONDS)
-        try:
-            await trio.to_thread.run_sync(node.look_for_away, limiter=threads)
-        except Exception:
-            log.exception("bug", chore="look for backends that are away")
-
-
-async def _collect_garbage(node: Node) -> None:
-    """Every now and then delete packs that nobody needs."""
-    threads = trio.CapacityLimiter(1)
-    while True:
-        await trio.sleep(max(node.config.gc.every_seconds, HOUSEKEEPING_SECONDS))
-        try:
-            await trio.to_thread.run_sync(
-                collect_in_background, node.composer, list(node.upkeep.values()), limiter=threads
-            )
-        except Exception:
-            log.exception("bug", chore="collect garbage")
-
-
-async def _watch_locks(node: Node, mount: Mount) -> None:
-    """Every now and then see whether others have broken our locks, and have the kernel forget what it caches then."""
-    threads = trio.CapacityLimiter(1)
-    node.composer.begin_watching_stores()
-    while True:
-        await trio.sleep(HOUSEKEEPING_SECONDS)
-        try:
-            for volume in await trio.to_thread.run_sync(node.composer.watch_locks, limiter=threads):
-                await mount.operations.invalidate(inode_of(volume))
-        except Exception:
-            log.exception("bug", chore="watch locks")
-
-
-async def _return_to_stores(node: Node) -> None:
-    """As ``_watch_locks``, but leaves what is lost to the next daemon, which finds that out when it opens it."""
-    while True:
-        try:
-            await trio.to_thread.run_sync(node.composer.return_to_stores)
-        except Exception:
-            log.exception("bug", chore="return to stores")
-        await trio.sleep(HOUSEKEEPING_SECONDS)
 
 
 def _allow_many_files() -> None:

@@ -16,7 +16,9 @@ from archipfs.daemon.supervisor import SUPERVISOR_PID
 
 
 def life(mount: Any, notes: list[str]) -> _Life:
-    node: Any = SimpleNamespace(config=SimpleNamespace(backends={"default": None}), composer=SimpleNamespace(away={}))
+    node: Any = SimpleNamespace(
+        config=SimpleNamespace(backends={"default": None}), composer=SimpleNamespace(away={}, return_to_stores=list)
+    )
     return _Life(node, mount, notes.extend, locks={}, control=None, since_ns=None, went_on=False)
 
 
