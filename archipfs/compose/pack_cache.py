@@ -16,6 +16,7 @@ import structlog
 
 from archipfs.blockers.contract import DataObject
 from archipfs.compose.engine import CacheFiles, CacheStatistics, EnginePack
+from archipfs.compose.engine.cached import STAY_NS
 from archipfs.types import PackId
 
 log = structlog.get_logger()
@@ -28,10 +29,10 @@ _PACK_NAME = re.compile(r"[0-9a-f]{64}")
 class PackCache:
     """Thread-safe. One process at a time has the directory: the node."""
 
-    def __init__(self, directory: Path, bytes_max: int, stores: Collection[str]) -> None:
+    def __init__(self, directory: Path, bytes_max: int, stores: Collection[str], *, stay_ns: int = STAY_NS) -> None:
         """Take over what is there of these stores, and delete the rest: nobody reads the others any more."""
         self._directory = directory
-        self._files = CacheFiles(bytes_max)
+        self._files = CacheFiles(bytes_max, stay_ns=stay_ns)
         try:
             _delete_others(directory, stores)
             for _, path, allocated_bytes in sorted(_files_of(directory)):
@@ -53,7 +54,7 @@ class PackCache:
         return self._files.statistics()
 
     def close(self) -> None:
-        """Fetch nothing ahead any more. Packs that are open can still be read."""
+        """Write what was fetched, and fetch nothing ahead any more. Packs that are open can still be read."""
         self._files.close()
 
 

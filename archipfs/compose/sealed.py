@@ -180,12 +180,8 @@ class SealedStore:
     def region(self, leaf: Digest) -> tuple[bytes, Sequence[EnginePack]]:
         """The extents of a leaf page, and the packs that they name by their place in the list."""
         known = self.chunks.region_get(leaf)
-        if known is not None:
-            with suppress(ObjectMissing, ObjectDamaged):
-                return self._opened_region(known)
-        else:
-            with suppress(ObjectMissing, ObjectDamaged):
-                return self._opened_region(self._resolve(leaf))
+        with suppress(ObjectMissing, ObjectDamaged):
+            return self._opened_region(self._resolve(leaf) if known is None else known)
         self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
         return self._opened_region(self._resolve(leaf), beside_damage=True)
 
@@ -216,19 +212,20 @@ class SealedStore:
         locations = self.chunks.locate_each([extent.digest for extent in extents])
         names: dict[_PackName, int] = {}
         places = []
-        for extent, location in zip(extents, locations, strict=True):
+        for (first, count, digest, inner), location in zip(extents, locations, strict=True):
             if location is None:
-                places.append(EXTENT.pack(extent.first, extent.count, PACK_DAMAGED, 0))
+                places.append(EXTENT.pack(first, count, PACK_DAMAGED, 0))
                 continue
-            if (extent.inner + extent.count) * SECTOR_BYTES > location.raw_bytes:
+            pack, _, coding, offset, _, raw_bytes = location
+            if (inner + count) * SECTOR_BYTES > raw_bytes:
                 raise ObjectDamaged(
-                    f"map page {leaf.hex()} is damaged: chunk {extent.digest.hex()} has {location.raw_bytes} bytes "
-                    "only; run `archip check`"
+                    f"map page {leaf.hex()} is damaged: chunk {digest.hex()} has {raw_bytes} bytes only; "
+                    "run `archip check`"
                 )
-            unpacked = location.coding is not Coding.RAW
-            start = location.offset * CHUNK_BYTES_MAX if unpacked else location.offset
-            index = names.setdefault((unpacked, location.pack), len(names))
-            places.append(EXTENT.pack(extent.first, extent.count, index, start + extent.inner * SECTOR_BYTES))
+            unpacked = coding is not Coding.RAW
+            start = offset * CHUNK_BYTES_MAX if unpacked else offset
+            index = names.setdefault((unpacked, pack), len(names))
+            places.append(EXTENT.pack(first, count, index, start + inner * SECTOR_BYTES))
         packs = [_PACK.pack(unpacked, bytes.fromhex(pack)) for unpacked, pack in names]
         blob = _COUNTS.pack(len(names), len(places)) + b"".join(packs) + b"".join(places)
         if None not in locations:

@@ -72,6 +72,9 @@ _PLACE = struct.Struct(">IIIIBB")
 _PACK = struct.Struct(">IIQ")
 """Number, entries, size."""
 _NUMBER = struct.Struct(">I")
+_KINDS = {kind.value: kind for kind in Kind}
+_CODINGS = {coding.value: coding for coding in Coding}
+"""What ``Kind`` and ``Coding`` find out for themselves, in a fifth of the time."""
 _COUNT = struct.Struct(">Q")
 
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
@@ -392,26 +395,29 @@ class Cache:
         return None if found is None else int(_PACK.unpack(found)[2])
 
     def add_pack(self, pack: PackIndex) -> None:
-        """Remember where everything in ``pack`` lies. Only for a pack that is durable in the store."""
-        ident = bytes.fromhex(pack.id)
+        """As ``add_packs``."""
+        self.add_packs([pack])
+
+    def add_packs(self, packs: Iterable[PackIndex]) -> None:
+        """Remember where everything in them lies. Only for packs that are durable in the store."""
 
         def add(txn: _Txn) -> None:
-            if txn.get("packs", ident) is not None:
-                return
-            number = _count(txn, b"next")
-            _set_count(txn, b"next", number + 1)
-            _set_count(txn, b"live", _count(txn, b"live") + len(pack.entries))
-            txn.put("packs", ident, _PACK.pack(number, len(pack.entries), pack.total_bytes))
-            txn.put("numbers", _NUMBER.pack(number), ident)
-            places = sorted(
-                (
-                    entry.digest,
-                    _PLACE.pack(
-                        number, entry.offset, entry.stored_bytes, entry.raw_bytes, entry.kind.value, entry.coding.value
-                    ),
-                )
-                for entry in pack.entries
-            )
+            places: list[tuple[bytes, bytes]] = []
+            for pack in packs:
+                ident = bytes.fromhex(pack.id)
+                if txn.get("packs", ident) is not None:
+                    continue
+                number = _count(txn, b"next")
+                _set_count(txn, b"next", number + 1)
+                _set_count(txn, b"live", _count(txn, b"live") + len(pack.entries))
+                txn.put("packs", ident, _PACK.pack(number, len(pack.entries), pack.total_bytes))
+                txn.put("numbers", _NUMBER.pack(number), ident)
+                places += [
+                    (digest, _PLACE.pack(number, offset, stored_bytes, raw_bytes, kind, coding))
+                    for digest, kind, coding, raw_bytes, offset, stored_bytes in pack.entries
+                ]
+            # In order, what goes into one page of the tree goes there at once.
+            places.sort()
             txn.cursor("index").putmulti(places, dupdata=True)
 
         self._index.write(add)
@@ -429,7 +435,7 @@ class Cache:
                     idents[number] = None if ident is None else PackId(ident.hex())
                 pack = idents[number]
                 if pack is not None:
-                    location = Location(pack, Kind(kind), Coding(coding), offset, stored_bytes, raw_bytes)
+                    location = Location(pack, _KINDS[kind], _CODINGS[coding], offset, stored_bytes, raw_bytes)
                     places.setdefault(bytes(key), []).append(location)
             return [places.get(digest, []) for digest in digests]
 

@@ -46,7 +46,7 @@ from archipfs.map.cache import Cache
 from archipfs.map.cache import Location as Location
 from archipfs.map.catalog import Catalog
 from archipfs.map.hashes import Buffer, ContentHash
-from archipfs.map.packs import HEADER_BYTES, Coding, Kind, PackBuilder, PackIndex, index_bytes, parse
+from archipfs.map.packs import Coding, Kind, PackBuilder, PackIndex, index_bytes, parse
 from archipfs.map.records import CondemnedRecord, DamageRecord
 from archipfs.types import Digest, PackId
 
@@ -59,7 +59,9 @@ PACK_KIND = "pack"
 COMPRESSIONS = ("none", "zstd")
 
 _HEADS_AT_ONCE = 4
-_HEADS_IN_MEMORY = 16
+_HEADS_IN_MEMORY = 64
+_HEAD_BYTES_LIKELY = 16 << 10
+"""One read is enough then: a pack of 4 MiB with chunks of 32 KiB has a head of 8 KiB."""
 
 
 class Swept(ArchipError):
@@ -150,10 +152,10 @@ class ChunkStore:
         following = iter(packs)
         with ThreadPoolExecutor(_HEADS_AT_ONCE, thread_name_prefix="pack-heads") as threads:
             while batch := list(islice(following, _HEADS_IN_MEMORY)):
-                for pack, found in zip(batch, threads.map(self._index_or_error, batch), strict=True):
-                    if isinstance(found, PackIndex):
-                        self.cache.add_pack(found)
-                    elif not isinstance(found, ObjectMissing):
+                heads = list(threads.map(self._index_or_error, batch))
+                self.cache.add_packs(head for head in heads if isinstance(head, PackIndex))
+                for pack, found in zip(batch, heads, strict=True):
+                    if isinstance(found, StoreError) and not isinstance(found, ObjectMissing):
                         if pack not in self.damaged_packs:
                             log.error("pack cannot be used", pack=pack, error=str(found))
                         damaged[pack] = str(found)
@@ -217,13 +219,15 @@ class ChunkStore:
         Raises ``ObjectMissing``, ``ObjectDamaged``, ``FormatTooNew``, each naming the pack.
         """
         key = pack_key(pack)
-        header = self.blocker.get(key, 0, HEADER_BYTES)
+        begin = self.blocker.get(key, 0, _HEAD_BYTES_LIKELY)
         try:
-            head_bytes = index_bytes(header)
+            head_bytes = index_bytes(begin)
         except (ObjectDamaged, FormatTooNew):
             # It says the same, and which pack.
-            return parse(pack, header)
-        return parse(pack, header + self.blocker.get(key, HEADER_BYTES, head_bytes - HEADER_BYTES))
+            return parse(pack, begin)
+        if head_bytes > len(begin):
+            begin += self.blocker.get(key, len(begin), head_bytes - len(begin))
+        return parse(pack, begin[:head_bytes])
 
     # Where things lie
 
@@ -259,10 +263,12 @@ class ChunkStore:
     def _usable(self, digest: Digest, places: Iterable[Location]) -> list[Location]:
         """Those not known to be damaged, the best one first. All nodes put them into the same order."""
         marks = self._marks
-        return sorted(
-            (place for place in places if (place.pack, digest) not in marks.damaged),
-            key=lambda place: (place.pack in marks.condemned, place.pack, place.offset),
+        usable = (
+            [place for place in places if (place.pack, digest) not in marks.damaged] if marks.damaged else [*places]
         )
+        if len(usable) > 1:
+            usable.sort(key=lambda place: (place.pack in marks.condemned, place.pack, place.offset))
+        return usable
 
     def _unusable(self, digest: Digest) -> StoreError:
         """The error for a digest with no usable place."""

@@ -4,6 +4,7 @@ once."""
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Rig:
         self.contents = [noise(number, PACK_SECTORS) + b"tail" for number in range(PACKS)]
         for number, content in enumerate(self.contents):
             self.blocker.put(f"pack/{self.name(number)}", content)
-        self.cache = PackCache(directory, bytes_max, {STORE})
+        self.cache = PackCache(directory, bytes_max, {STORE}, stay_ns=0)
 
     @staticmethod
     def name(number: int) -> PackId:
@@ -75,7 +76,14 @@ class Rig:
 
     def restart(self) -> None:
         self.cache.close()
-        self.cache = PackCache(self.directory, self.bytes_max, {STORE})
+        self.cache = PackCache(self.directory, self.bytes_max, {STORE}, stay_ns=0)
+
+    def await_kept(self) -> None:
+        """Until what was read is in the files, or was found not to go there."""
+        deadline = time.monotonic() + 10
+        while self.cache.statistics().landed_bytes:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
     def volume(self, number: int) -> EngineVolume:
         """One that is a pack's sectors."""
@@ -131,18 +139,25 @@ def mishap(rig: Rig, what: str, number: int, offset: int, value: int) -> None:
         shutil.rmtree(rig.directory, ignore_errors=True)
     elif what == "unlink":
         path.unlink(missing_ok=True)
-    elif what == "cut" and path.exists():
-        os.truncate(path, offset)
-    elif what == "flip" and path.exists():
+    elif what == "cut":
+        rig.await_kept()
+        if path.exists():
+            os.truncate(path, offset)
+    elif what == "flip":
         rig.cache.close()
-        with path.open("r+b") as stream:
-            stream.seek(offset)
-            byte = stream.read(1) or b"\0"
-            stream.seek(offset)
-            stream.write(bytes([byte[0] ^ value]))
+        if path.exists():
+            flip(path, offset, value)
         rig.restart()
     elif what == "restart":
         rig.restart()
+
+
+def flip(path: Path, offset: int, value: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1) or b"\0"
+        stream.seek(offset)
+        stream.write(bytes([byte[0] ^ value]))
 
 
 @searching(60, suppress_health_check=[HealthCheck.too_slow])
@@ -156,6 +171,7 @@ def test_reads_are_right_whatever_happens_to_the_files(
             rig.check(number, first, second)
         else:
             mishap(rig, what, number, first, second)
+    rig.await_kept()
     assert rig.cache.statistics().bytes <= bytes_max
     rig.cache.close()
 
@@ -165,6 +181,7 @@ def test_what_was_read_is_not_fetched_again(rig: Rig) -> None:
         rig.check(0, 5 * SECTOR_BYTES, 2 * SECTOR_BYTES)
     rig.restart()
     rig.check(0, 0, BLOCK_BYTES)
+    rig.await_kept()
     assert rig.blocker.reads == [(0, BLOCK_BYTES)]
     assert rig.cache.statistics().hits >= 1
     assert rig.path(0).read_bytes()[:BLOCK_BYTES] == rig.contents[0][:BLOCK_BYTES]
@@ -172,6 +189,7 @@ def test_what_was_read_is_not_fetched_again(rig: Rig) -> None:
 
 def test_what_is_no_packs_file_is_deleted(rig: Rig) -> None:
     rig.check(0, 0, 1)
+    rig.await_kept()
     other = rig.directory / ("2" * 32)
     other.mkdir()
     (other / rig.name(0)).write_bytes(b"of a store that is not configured any more")
@@ -189,6 +207,7 @@ def test_a_place_that_cannot_be_written_costs_speed(tmp_path: Path) -> None:
     rig = Rig(tmp_path / "file" / "packs", 1 << 20)
     rig.check(0, 0, 3 * BLOCK_BYTES)
     rig.check(0, 0, 3 * BLOCK_BYTES)
+    rig.await_kept()
     assert rig.cache.statistics().failures > 0
     assert rig.cache.statistics().files == 0
     rig.cache.close()

@@ -142,7 +142,7 @@ int main(int argc, char **argv) {
     struct ae_cache *cache;
     char cache_path[256];
     snprintf(cache_path, sizeof cache_path, "%s/engine-bench-cache-%d", directory, getpid());
-    CHECK_EQUAL(ae_cache_open(UINT64_MAX, &cache), 0);
+    CHECK_EQUAL(ae_cache_open(UINT64_MAX, 0, &cache), 0);
     struct ae_volume *cached = sealed_open(fd, cache, cache_path);
     for (uint64_t offset = 0; offset < FILE_BYTES; offset += 1 << 20)
         CHECK_EQUAL(ae_read(cached, bytes, 1 << 20, offset), 1 << 20);

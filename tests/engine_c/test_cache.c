@@ -93,7 +93,7 @@ static void rig_init(struct rig *rig, uint64_t bytes_max, uint64_t pack_bytes) {
         rig->packs[i].size = rig->packs[i].length = pack_bytes;
         CHECK(pack_bytes <= BLOCKS_MAX * BLOCK);
     }
-    CHECK_EQUAL(ae_cache_open(bytes_max, &rig->cache), 0);
+    CHECK_EQUAL(ae_cache_open(bytes_max, 0, &rig->cache), 0);
 }
 
 static void rig_end(struct rig *rig) {
@@ -121,7 +121,7 @@ static void close_object(struct ae_object object) { object.ops->close(object.ctx
 /* Another process: all is closed, and the files are found again. */
 static void rig_restart(struct rig *rig, uint64_t bytes_max) {
     ae_cache_close(rig->cache);
-    CHECK_EQUAL(ae_cache_open(bytes_max, &rig->cache), 0);
+    CHECK_EQUAL(ae_cache_open(bytes_max, 0, &rig->cache), 0);
     for (unsigned i = 0; i < PACKS; i++) {
         char path[160];
         struct stat status;
@@ -154,6 +154,19 @@ static struct ae_cache_statistics statistics_of(struct rig *rig) {
     return statistics;
 }
 
+/* Until what was read is in the files, or was found not to go there. */
+static void await_kept(struct rig *rig) {
+    for (int i = 0; statistics_of(rig).landed_bytes > 0; i++) {
+        CHECK(i < 10000);
+        pause_us(1000);
+    }
+}
+
+static void check_kept(struct rig *rig, unsigned pack, struct ae_object object, uint64_t offset, size_t length) {
+    check_read(rig, pack, object, offset, length);
+    await_kept(rig);
+}
+
 static void change_file(struct rig *rig, unsigned pack, const void *bytes, size_t length, uint64_t offset) {
     char path[160];
     path_of(rig, pack, path);
@@ -176,7 +189,7 @@ static void test_each_block_is_fetched_once(void) {
             length = rig.packs[0].size - offset;
         check_read(&rig, 0, object, offset, length);
     }
-    check_read(&rig, 0, object, 0, rig.packs[0].size);
+    check_kept(&rig, 0, object, 0, rig.packs[0].size);
     for (int block = 0; block < 21; block++)
         CHECK_EQUAL(rig.packs[0].fetched[block], 1);
     struct ae_cache_statistics statistics = statistics_of(&rig);
@@ -192,10 +205,10 @@ static void test_a_run_of_blocks_is_one_read(void) {
     struct rig rig;
     rig_init(&rig, UINT64_MAX, 64 * BLOCK);
     struct ae_object object = open_pack(&rig, 0);
-    check_read(&rig, 0, object, 4 * BLOCK + 1, 10);
-    check_read(&rig, 0, object, 0, 16 * BLOCK);
+    check_kept(&rig, 0, object, 4 * BLOCK + 1, 10);
+    check_kept(&rig, 0, object, 0, 16 * BLOCK);
     CHECK_EQUAL(rig.packs[0].reads, 3); /* what was there parts it */
-    check_read(&rig, 0, object, 32 * BLOCK, 32 * BLOCK);
+    check_kept(&rig, 0, object, 32 * BLOCK, 32 * BLOCK);
     CHECK_EQUAL(rig.packs[0].reads, 5); /* 1 MiB each */
     close_object(object);
     rig_end(&rig);
@@ -246,16 +259,16 @@ static void test_what_is_there_is_read_without_waiting(void) {
     struct ae_object object = open_pack(&rig, 0);
     char bytes[5000];
     CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, sizeof bytes, BLOCK - 2500), -EAGAIN);
-    check_read(&rig, 0, object, BLOCK - 1, 1);
+    check_kept(&rig, 0, object, BLOCK - 1, 1);
     CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, sizeof bytes, BLOCK - 2500), -EAGAIN);
-    check_read(&rig, 0, object, BLOCK, 1);
+    check_kept(&rig, 0, object, BLOCK, 1);
     /* A file system that cannot tell what is in memory always has it wait. */
     if (object.ops->pread_nowait(object.ctx, bytes, sizeof bytes, BLOCK - 2500) == 0)
         check_bytes(&rig.packs[0], bytes, sizeof bytes, BLOCK - 2500);
     close_object(object);
     rig_restart(&rig, UINT64_MAX);
     object = open_pack(&rig, 0);
-    check_read(&rig, 0, object, 0, 1);
+    check_kept(&rig, 0, object, 0, 1);
     CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, sizeof bytes, BLOCK - 2500), -EAGAIN); /* not looked at */
     CHECK_EQUAL(rig.packs[0].reads, 2);
     close_object(object);
@@ -382,6 +395,58 @@ static void test_blocks_that_are_not_right_are_fetched_anew(void) {
     rig_end(&rig);
 }
 
+static void test_what_has_landed_is_read_from_memory_and_is_there_at_the_end(void) {
+    struct rig rig;
+    rig_init(&rig, UINT64_MAX, 20 * BLOCK + 77);
+    ae_cache_close(rig.cache);
+    CHECK_EQUAL(ae_cache_open(UINT64_MAX, UINT64_C(3600) * 1000000000, &rig.cache), 0);
+    struct ae_object object = open_pack(&rig, 0);
+    char bytes[BLOCK];
+    check_read(&rig, 0, object, 3 * BLOCK, 17 * BLOCK + 77);
+    CHECK_EQUAL(statistics_of(&rig).landed_bytes, 17 * BLOCK + 77);
+    for (uint64_t offset = 3 * BLOCK; offset < 18 * BLOCK; offset += 1111) {
+        CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, offset), 0);
+        check_bytes(&rig.packs[0], bytes, 1000, offset);
+    }
+    /* One that has not come, and one that lies in two flights. */
+    CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, 3 * BLOCK - 1), -EAGAIN);
+    CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, 19 * BLOCK - 1), -EAGAIN);
+    check_read(&rig, 0, object, 19 * BLOCK - 1, 1000);
+    CHECK_EQUAL(rig.packs[0].reads, 2);
+    close_object(object);
+    rig_restart(&rig, UINT64_MAX);
+    rig.packs[0].fail_with = -EIO;
+    object = open_pack(&rig, 0);
+    check_read(&rig, 0, object, 3 * BLOCK, 17 * BLOCK + 77);
+    close_object(object);
+    rig_end(&rig);
+}
+
+static void test_no_more_stays_in_memory_than_may(void) {
+    struct rig rig;
+    rig_init(&rig, UINT64_MAX, BLOCKS_MAX * BLOCK);
+    ae_cache_close(rig.cache);
+    CHECK_EQUAL(ae_cache_open(UINT64_MAX, UINT64_C(3600) * 1000000000, &rig.cache), 0);
+    struct ae_object objects[PACKS];
+    for (unsigned i = 0; i < PACKS; i++) {
+        objects[i] = open_pack(&rig, i);
+        for (uint64_t offset = 0; offset < rig.packs[i].size; offset += MIB) {
+            check_read(&rig, i, objects[i], offset, MIB);
+            CHECK(statistics_of(&rig).landed_bytes <= 32 * MIB);
+        }
+    }
+    for (int i = 0; statistics_of(&rig).landed_bytes > 16 * MIB; i++) {
+        CHECK(i < 10000);
+        pause_us(1000);
+    }
+    CHECK_EQUAL(statistics_of(&rig).fetched_bytes, PACKS * BLOCKS_MAX * BLOCK);
+    for (unsigned i = 0; i < PACKS; i++)
+        close_object(objects[i]);
+    rig_end(&rig);
+    for (unsigned i = 0; i < PACKS; i++)
+        CHECK_EQUAL(rig.packs[i].closed, 1);
+}
+
 static void test_a_file_that_is_no_packs_is_made_anew(void) {
     struct rig rig;
     rig_init(&rig, UINT64_MAX, 4 * BLOCK);
@@ -428,12 +493,12 @@ static void test_a_file_that_is_cut_under_us_is_no_loss(void) {
     struct rig rig;
     rig_init(&rig, UINT64_MAX, 4 * BLOCK);
     struct ae_object object = open_pack(&rig, 0);
-    check_read(&rig, 0, object, 0, 4 * BLOCK);
+    check_kept(&rig, 0, object, 0, 4 * BLOCK);
     char path[160], byte;
     path_of(&rig, 0, path);
     CHECK(truncate(path, BLOCK) == 0);
     CHECK_EQUAL(object.ops->pread_nowait(object.ctx, &byte, 1, 3 * BLOCK), -EAGAIN);
-    check_read(&rig, 0, object, 0, 4 * BLOCK);
+    check_kept(&rig, 0, object, 0, 4 * BLOCK);
     close_object(object);
     rig_end(&rig);
 }
@@ -442,16 +507,16 @@ static void test_a_disk_that_is_full_costs_speed(void) {
     struct rig rig;
     rig_init(&rig, UINT64_MAX, 4 * BLOCK);
     struct ae_object object = open_pack(&rig, 0);
-    check_read(&rig, 0, object, 0, 1);
+    check_kept(&rig, 0, object, 0, 1);
     CHECK(signal(SIGXFSZ, SIG_IGN) != SIG_ERR);
     struct rlimit before, none;
     CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
     none = (struct rlimit){.rlim_cur = BLOCK, .rlim_max = before.rlim_max};
     CHECK(setrlimit(RLIMIT_FSIZE, &none) == 0);
     for (int i = 0; i < 3; i++)
-        check_read(&rig, 0, object, 0, 4 * BLOCK);
+        check_kept(&rig, 0, object, 0, 4 * BLOCK);
     struct ae_object fresh = open_pack(&rig, 1);
-    check_read(&rig, 1, fresh, 0, 4 * BLOCK);
+    check_kept(&rig, 1, fresh, 0, 4 * BLOCK);
     CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
     CHECK_EQUAL(rig.packs[0].fetched[0], 1);
     CHECK_EQUAL(rig.packs[0].fetched[1], 3);
@@ -486,13 +551,13 @@ static void test_what_is_too_much_goes_that_was_not_used_for_longest(void) {
     for (unsigned i = 0; i < PACKS; i++)
         objects[i] = open_pack(&rig, i);
     for (unsigned i = 0; i < 4; i++)
-        check_read(&rig, i, objects[i], 0, 16 * BLOCK);
+        check_kept(&rig, i, objects[i], 0, 16 * BLOCK);
     CHECK_EQUAL(statistics_of(&rig).evictions, 0);
-    check_read(&rig, 4, objects[4], 0, 16 * BLOCK); /* the hand takes all marks, and one file */
+    check_kept(&rig, 4, objects[4], 0, 16 * BLOCK); /* the hand takes all marks, and one file */
     CHECK(statistics_of(&rig).evictions >= 1);
     for (unsigned i = 5; i < PACKS; i++) {
-        check_read(&rig, 4, objects[4], 7, 100);
-        check_read(&rig, i, objects[i], 0, 16 * BLOCK);
+        check_kept(&rig, 4, objects[4], 7, 100);
+        check_kept(&rig, i, objects[i], 0, 16 * BLOCK);
     }
     CHECK_EQUAL(rig.packs[4].fetched[0], 1);
     uint64_t bytes, files = files_in(rig.directory, &bytes);
@@ -500,12 +565,12 @@ static void test_what_is_too_much_goes_that_was_not_used_for_longest(void) {
     CHECK_EQUAL(statistics.files, files);
     CHECK(statistics.bytes <= 4 * (16 * BLOCK + 4096) && bytes <= statistics.bytes);
     for (unsigned i = 0; i < PACKS; i++)
-        check_read(&rig, i, objects[i], 0, 16 * BLOCK);
+        check_kept(&rig, i, objects[i], 0, 16 * BLOCK);
     ae_cache_limit(rig.cache, 0);
     statistics = statistics_of(&rig);
     CHECK(statistics.files == 0 && statistics.bytes == 0 && files_in(rig.directory, &bytes) == 0);
     for (unsigned i = 0; i < PACKS; i++) {
-        check_read(&rig, i, objects[i], 5, BLOCK);
+        check_kept(&rig, i, objects[i], 5, BLOCK);
         close_object(objects[i]);
     }
     rig_end(&rig);
@@ -516,14 +581,14 @@ static void test_files_that_nobody_has_open_count_and_go(void) {
     rig_init(&rig, UINT64_MAX, 16 * BLOCK);
     for (unsigned i = 0; i < PACKS; i++) {
         struct ae_object object = open_pack(&rig, i);
-        check_read(&rig, i, object, 0, 16 * BLOCK);
+        check_kept(&rig, i, object, 0, 16 * BLOCK);
         close_object(object);
     }
     rig_restart(&rig, 3 * (16 * BLOCK + 4096));
     uint64_t bytes;
     CHECK(statistics_of(&rig).files <= 3 && files_in(rig.directory, &bytes) == statistics_of(&rig).files);
     struct ae_object object = open_pack(&rig, PACKS - 1); /* found last: used last */
-    check_read(&rig, PACKS - 1, object, 0, 16 * BLOCK);
+    check_kept(&rig, PACKS - 1, object, 0, 16 * BLOCK);
     CHECK_EQUAL(rig.packs[PACKS - 1].fetched[0], 1);
     close_object(object);
     rig_end(&rig);
@@ -533,13 +598,13 @@ static void test_a_directory_that_is_deleted_is_no_loss(void) {
     struct rig rig;
     rig_init(&rig, UINT64_MAX, 8 * BLOCK);
     struct ae_object objects[2] = {open_pack(&rig, 0), open_pack(&rig, 1)};
-    check_read(&rig, 0, objects[0], 0, 8 * BLOCK);
+    check_kept(&rig, 0, objects[0], 0, 8 * BLOCK);
     directory_remove(rig.directory);
-    check_read(&rig, 0, objects[0], 0, 8 * BLOCK);
-    check_read(&rig, 1, objects[1], 0, 8 * BLOCK);
+    check_kept(&rig, 0, objects[0], 0, 8 * BLOCK);
+    check_kept(&rig, 1, objects[1], 0, 8 * BLOCK);
     CHECK(mkdir(rig.directory, 0700) == 0);
     struct ae_object third = open_pack(&rig, 2);
-    check_read(&rig, 2, third, 0, 8 * BLOCK);
+    check_kept(&rig, 2, third, 0, 8 * BLOCK);
     CHECK_EQUAL(rig.packs[0].fetched[3], 1);
     close_object(objects[0]);
     close_object(objects[1]);
@@ -663,7 +728,7 @@ static void test_what_is_queued_is_dropped_at_the_end(void) {
     for (uint64_t offset = 0; offset < 8 * MIB; offset += MIB)
         far_volume_check(&far, offset, MIB);
     ae_cache_close(far.rig.cache);
-    CHECK_EQUAL(ae_cache_open(UINT64_MAX, &far.rig.cache), 0);
+    CHECK_EQUAL(ae_cache_open(UINT64_MAX, 0, &far.rig.cache), 0);
     for (unsigned i = 0; i < PACKS; i++)
         far.rig.packs[i].delay_us = 0;
     for (uint64_t offset = 0; offset < PACKS * AE_REGION_BYTES; offset += MIB)
@@ -732,6 +797,7 @@ static void test_a_crowd_reads_right_whatever_happens_to_the_files(void) {
         CHECK(pthread_join(threads[i], NULL) == 0);
     atomic_store(&crowds[READERS].over, true);
     CHECK(pthread_join(threads[READERS], NULL) == 0);
+    await_kept(&rig);
     ae_cache_limit(rig.cache, MIB);
     uint64_t bytes;
     files_in(rig.directory, &bytes);
@@ -749,6 +815,8 @@ int main(void) {
         {"without a disk too", test_without_a_disk_they_do_so_too},
         {"a source that became shorter", test_a_source_that_became_shorter_is_an_error},
         {"the next process", test_the_next_process_finds_it},
+        {"what has landed", test_what_has_landed_is_read_from_memory_and_is_there_at_the_end},
+        {"what may stay in memory", test_no_more_stays_in_memory_than_may},
         {"blocks that are not right", test_blocks_that_are_not_right_are_fetched_anew},
         {"files that are not right", test_a_file_that_is_no_packs_is_made_anew},
         {"a file that is cut", test_a_file_that_is_cut_under_us_is_no_loss},

@@ -692,6 +692,37 @@ static bool stays_inside(struct bench *bench, int count) {
     return true;
 }
 
+static uint64_t seated(struct bench *bench) {
+    struct af_statistics statistics;
+    af_front_statistics(bench->front, &statistics);
+    return statistics.seated;
+}
+
+static void await_seated(struct bench *bench, uint64_t least, uint64_t most) {
+    uint64_t begun = now_ns();
+    while (seated(bench) < least || seated(bench) > most) {
+        CHECK(now_ns() - begun < LONG_MS * 1000000ull);
+        sched_yield();
+    }
+}
+
+static void test_who_waited_for_a_network_reads_on_beside_the_seats_until_other_requests_come(void) {
+    struct bench bench;
+    bench_start(&bench, 2);
+    bench.volume.waits = true;
+    writes_together_ns(&bench, 40);
+    await_seated(&bench, 18, 18);
+    CHECK(writes_together_ns(&bench, 16) < LONG_MS * 1000000ull);
+    await_seated(&bench, 18, 18);
+    bench.volume.waits = false;
+    for (uint64_t unique = 1; unique <= 100; unique++) {
+        ask_read(&bench, unique, 0);
+        expect_read(&bench, unique, 'a');
+    }
+    await_seated(&bench, 2, 2);
+    bench_stop(&bench);
+}
+
 /* However many requests it has, and as long as it may take. */
 static void test_a_volume_behind_a_network_holds_up_no_other(void) {
     enum { COUNT = 200, FAILS = 150, SYNC = 201 };
@@ -961,6 +992,7 @@ int main(void) {
         {"a network holds up no other volume", test_a_volume_behind_a_network_holds_up_no_other},
         {"stopping answers what is parked", test_stopping_answers_what_is_parked},
         {"syncs", test_syncs_are_done_by_the_engine_unless_the_composer_has_to},
+        {"readers beside the seats", test_who_waited_for_a_network_reads_on_beside_the_seats_until_other_requests_come},
         {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},
         {"the end of the connection is told", test_the_end_of_the_connection_is_told},
         {"stopping answers what is under way", test_stopping_answers_what_is_under_way},

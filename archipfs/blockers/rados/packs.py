@@ -41,6 +41,9 @@ class Packs:
             # A read of 0 bytes is one of the whole object, to an OSD.
             size = self._size(key, doing)
             length = max(size - offset, 0) if length is None else 0
+        if 0 < length <= _READ_BYTES:
+            with self._connection.call(doing):
+                return bytes(self._connection.packs.read(key, length, offset))
         pieces: list[bytes] = []
         end = offset + length
         while offset < end:

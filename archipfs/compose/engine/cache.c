@@ -276,22 +276,24 @@ void ae_cache_limit(struct ae_cache *cache, uint64_t bytes_max) {
 
 /* The whole */
 
-int ae_cache_open(uint64_t bytes_max, struct ae_cache **opened) {
+int ae_cache_open(uint64_t bytes_max, uint64_t stay_ns, struct ae_cache **opened) {
     struct ae_cache *cache = calloc(1, sizeof *cache);
     if (cache == NULL)
         return -ENOMEM;
     atomic_init(&cache->references, 1);
     cache->bytes_max = bytes_max;
-    cache->queue_end = &cache->queue;
-    if (pthread_mutex_init(&cache->lock, NULL) == 0) {
-        if (pthread_cond_init(&cache->work, NULL) == 0) {
+    cache->stay_ns = stay_ns;
+    int result = -pthread_mutex_init(&cache->lock, NULL);
+    if (result == 0) {
+        result = ae_flights_init(cache);
+        if (result == 0) {
             *opened = cache;
             return 0;
         }
         pthread_mutex_destroy(&cache->lock);
     }
     free(cache);
-    return -ENOMEM;
+    return result;
 }
 
 void ae_cache_retain(struct ae_cache *cache) { atomic_fetch_add(&cache->references, 1); }
@@ -303,19 +305,20 @@ void ae_cache_release(struct ae_cache *cache) {
         cache->hand->charged = 0;
         entry_drop(cache, cache->hand);
     }
-    pthread_cond_destroy(&cache->work);
+    ae_flights_destroy(cache);
     pthread_mutex_destroy(&cache->lock);
     free(cache);
 }
 
 void ae_cache_close(struct ae_cache *cache) {
-    ae_fetchers_stop(cache);
+    ae_flights_stop(cache);
     ae_cache_release(cache);
 }
 
 void ae_cache_statistics(struct ae_cache *cache, struct ae_cache_statistics *statistics) {
     pthread_mutex_lock(&cache->lock);
     *statistics = cache->counts;
+    statistics->landed_bytes = cache->landed_bytes;
     struct ae_cache_entry *entry = cache->hand;
     if (entry != NULL) {
         do {

@@ -1,16 +1,16 @@
 /*
- * The pack cache: which files there are, how much they may take together, and which of them goes (cache.c); and the
- * objects that are read through them, fetching what is missing (cached.c).
+ * The pack cache: which files there are, how much they may take together, and which of them goes (cache.c); the objects
+ * that are read through them (cached.c); and fetching what is missing (flight.c).
  */
 #ifndef ARCHIPFS_ENGINE_CACHE_H
 #define ARCHIPFS_ENGINE_CACHE_H
 
 #include "cache_file.h"
+#include "crew.h"
 
 #include <pthread.h>
 
 #define AE_CACHE_BUCKETS 4096u
-#define AE_FETCHERS 4u
 
 /* A file of the cache, whether anybody has it open or not. */
 struct ae_cache_entry {
@@ -32,6 +32,11 @@ struct ae_cache_entry {
     char path[];
 };
 
+struct ae_flight_queue {
+    struct ae_flight *first, **end;
+    size_t count;
+};
+
 struct ae_cache {
     atomic_uint references;
     pthread_mutex_t lock;
@@ -43,12 +48,11 @@ struct ae_cache {
     /* Nothing is written to the disk before that moment: it failed a while ago. */
     _Atomic uint64_t rests_until_ns;
 
-    pthread_cond_t work;
-    struct ae_flight *queue, **queue_end;
-    size_t queued;
-    pthread_t fetchers[AE_FETCHERS];
-    size_t fetchers_count, fetchers_idle;
-    bool stopping;
+    struct ae_flight_queue ahead;  /* to be flown by one of the fetchers */
+    struct ae_flight_queue landed; /* to be written to the disk by one of the keepers */
+    uint64_t stay_ns;              /* until then they may stay in memory */
+    size_t landed_bytes;           /* of these, and of what the keepers have in hand */
+    struct ae_crew fetchers, keepers;
 };
 
 void ae_cache_retain(struct ae_cache *cache);
@@ -71,8 +75,10 @@ void ae_cache_charge(struct ae_cache *cache, struct ae_cache_entry *entry, const
 /* Evict what is too much, if nobody does so already. */
 void ae_cache_settle(struct ae_cache *cache);
 
-/* Of cached.c: before the cache's lock goes, those who fetch ahead have to. */
-void ae_fetchers_stop(struct ae_cache *cache);
+/* Of flight.c. Before the cache is given up, its threads are stopped; no more is fetched ahead then. */
+int ae_flights_init(struct ae_cache *cache);
+void ae_flights_stop(struct ae_cache *cache);
+void ae_flights_destroy(struct ae_cache *cache);
 
 /* Have a range fetched, without waiting for it. An object of another kind has nothing to fetch. */
 bool ae_object_is_cached(const struct ae_object *object);

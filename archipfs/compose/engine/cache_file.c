@@ -1,6 +1,7 @@
 /* See cache_file.h. */
 #include "cache_file.h"
 #include "object_file.h"
+#include "plan.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -204,22 +205,17 @@ void ae_cache_file_lose(struct ae_cache_file *file, size_t length, uint64_t offs
 
 /*
  * Past the page cache: in a virtual machine whose memory is new, to copy into it costs more than all the rest of a
- * fetch. The system then reads it from the disk, beside us, for those who come again. Where there are no such writes,
- * or the pack ends within a sector, through the page cache.
+ * fetch, and who reads it once may never come again. Where there are no such writes, through the page cache.
  */
 static int blocks_write(const struct ae_cache_file *file, const void *bytes, size_t length, uint64_t offset) {
-    if (length % AE_SECTOR_BYTES == 0 && (uintptr_t)bytes % AE_SECTOR_BYTES == 0) {
-        char path[32];
-        snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
-        int direct = open(path, O_WRONLY | O_DIRECT | O_CLOEXEC);
-        if (direct >= 0) {
-            int result = ae_file_write(direct, bytes, length, offset);
-            close(direct);
-            if (result == 0)
-                (void)posix_fadvise(file->fd, (off_t)offset, (off_t)length, POSIX_FADV_WILLNEED);
-            if (result != -EINVAL)
-                return result;
-        }
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", file->fd);
+    int direct = open(path, O_WRONLY | O_DIRECT | O_CLOEXEC);
+    if (direct >= 0) {
+        int result = ae_file_write(direct, bytes, ae_sector_ceil(length) * AE_SECTOR_BYTES, offset);
+        close(direct);
+        if (result != -EINVAL)
+            return result;
     }
     return ae_file_write(file->fd, bytes, length, offset);
 }

@@ -43,7 +43,10 @@ size_t ae_cache_file_have(struct ae_cache_file *file, size_t length, uint64_t of
 int ae_cache_file_read(struct ae_cache_file *file, void *buffer, size_t length, uint64_t offset, bool nowait);
 /* The blocks of the range cannot be read: they are not there any more. */
 void ae_cache_file_lose(struct ae_cache_file *file, size_t length, uint64_t offset);
-/* Put blocks that are not there, from a block's start to another's or to the pack's end. One thread a block. */
+/*
+ * Put blocks that are not there, from a block's start to another's or to the pack's end. One thread a block. The bytes
+ * are aligned to a sector; where they end within one, the rest of it may be written too.
+ */
 int ae_cache_file_store(struct ae_cache_file *file, const void *bytes, size_t length, uint64_t offset);
 
 #endif

@@ -10,6 +10,9 @@ from archipfs.compose.engine.handle import Handle
 from archipfs.compose.engine.objects import attempt, call
 from archipfs.errors import InvalidInput
 
+STAY_NS = 1_000_000_000
+"""How long what was fetched may stay in memory before it is written: whoever it was fetched for comes soon."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
@@ -19,11 +22,13 @@ class CacheStatistics:
     """Of the disk, now; a file counts as 256 KiB at least."""
     files: int
     hits: int
-    """Reads, or parts of them, that the files answered."""
+    """Reads, or parts of them, that waited for nothing to be fetched."""
     fetches: int
     fetched_bytes: int
     ahead_bytes: int
     """Of these, those that nobody had asked for yet."""
+    landed_bytes: int
+    """Of these, those that are in memory now, to be written to the files."""
     evictions: int
     failures: int
     """Of the local disk: each time it is left alone for a few seconds."""
@@ -32,10 +37,10 @@ class CacheStatistics:
 class CacheFiles:
     """The files of the pack cache, and the threads that fetch ahead into them. Thread-safe."""
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, *, stay_ns: int = STAY_NS) -> None:
         """They take ``bytes_max`` bytes of the disk at most, but for what is being read just then."""
         opened = ffi.new("struct ae_cache **")
-        call("making the pack cache", lib.ae_cache_open, _checked(bytes_max), opened)
+        call("making the pack cache", lib.ae_cache_open, _checked(bytes_max), stay_ns, opened)
         self._handle = Handle(ffi.gc(opened[0], _close), "the pack cache")
 
     @property

@@ -80,8 +80,9 @@ void ae_pack_release(struct ae_pack *pack);
  */
 struct ae_cache;
 
-int ae_cache_open(uint64_t bytes_max, struct ae_cache **cache);
-/* No more is fetched ahead. Objects that are read through it go on, and keep what they need. */
+/* What was fetched stays in memory for `stay_ns` before it is written, but for 32 MiB of it at most. */
+int ae_cache_open(uint64_t bytes_max, uint64_t stay_ns, struct ae_cache **cache);
+/* What was fetched is in the files, and no more is fetched ahead. Objects that are read through it go on. */
 void ae_cache_close(struct ae_cache *cache);
 /* Have it take less of the disk from now on, or more. */
 void ae_cache_limit(struct ae_cache *cache, uint64_t bytes_max);
@@ -98,9 +99,10 @@ int ae_object_cached(struct ae_cache *cache, const char *path, const uint8_t pac
 
 struct ae_cache_statistics {
     uint64_t bytes, files; /* of the disk, now */
-    uint64_t hits;         /* reads, or parts of them, that the files answered */
+    uint64_t hits;         /* reads, or parts of them, that waited for nothing to be fetched */
     uint64_t fetches, fetched_bytes;
-    uint64_t ahead_bytes; /* of these, those that nobody had asked for yet */
+    uint64_t ahead_bytes;  /* of these, those that nobody had asked for yet */
+    uint64_t landed_bytes; /* of these, those that are in memory now, to be written to the files */
     uint64_t evictions;
     uint64_t failures; /* of the local disk */
 };

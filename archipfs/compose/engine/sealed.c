@@ -3,7 +3,8 @@
  *
  * Of packs that lie far away, what a sequential reader will come to is fetched ahead. His reads make a *stream*: what
  * follows is one that begins about where the last one ended, since several requests at a time arrive in any order. Each
- * time half of what was fetched ahead is read, twice as much is.
+ * read that finds room ahead has more fetched, up to the end of a region, so that several of them find out at once
+ * where the next regions lie; and twice as much may be ahead then.
  */
 #include "sealed.h"
 #include "table.h"
@@ -15,7 +16,7 @@
 
 #define STREAMS 4u
 #define WINDOW_BYTES_MIN ((uint64_t)256 << 10)
-#define WINDOW_BYTES_MAX ((uint64_t)8 << 20)
+#define WINDOW_BYTES_MAX ((uint64_t)16 << 20)
 /* So many requests of one reader may be under way at once. */
 #define STREAM_DEPTH 4u
 
@@ -163,11 +164,12 @@ static bool stream_note(struct ae_sealed *sealed, uint64_t offset, uint64_t end,
         if (stream->window == 0)
             stream->window = WINDOW_BYTES_MIN;
     }
-    bool wanted = stream->window > 0 && stream->ahead < stream->next + stream->window / 2;
+    uint64_t room = smaller(stream->window / 2, AE_REGION_BYTES);
+    bool wanted = stream->window > 0 && stream->ahead + room <= stream->next + stream->window;
     if (wanted && takes) {
         *from = larger(stream->ahead, stream->next);
-        *until = smaller(stream->next + stream->window, AE_SIZE_MAX);
-        stream->ahead = stream->next + stream->window;
+        uint64_t border = (*from / AE_REGION_BYTES + 1) * AE_REGION_BYTES;
+        *until = stream->ahead = smaller(smaller(stream->next + stream->window, border), AE_SIZE_MAX);
         stream->window = smaller(2 * stream->window, WINDOW_BYTES_MAX);
     }
     pthread_mutex_unlock(&sealed->streams_lock);

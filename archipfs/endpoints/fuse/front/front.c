@@ -188,7 +188,7 @@ static void carry_out_far(struct af_server *server, struct af_entry *entry, cons
     if (!af_far_enter(&front->far, parked))
         return;
     free(parked);
-    af_call_waits(server);
+    af_call_is_far(server);
     carry_out(server, entry, request, message, length);
     while ((parked = af_far_leave(&front->far)) != NULL) {
         carry_out(server, parked->entry, &parked->request, parked->message, parked->length);
@@ -479,4 +479,5 @@ void af_front_statistics(struct af_front *front, struct af_statistics *statistic
         statistics->forwarded += atomic_load_explicit(&server->forwarded, memory_order_relaxed);
     }
     statistics->threads = af_seats_threads(&front->seats);
+    statistics->seated = atomic_load(&front->seats.seated);
 }

@@ -79,6 +79,7 @@ struct af_statistics {
     uint64_t forwarded; /* requests handed to libfuse, and upcalls */
     uint64_t volumes;   /* registered now */
     uint64_t threads;   /* that read and serve requests, those without a seat too */
+    uint64_t seated;    /* of these, those that read requests, or carry out what need not wait */
 };
 
 void af_front_statistics(struct af_front *front, struct af_statistics *statistics);

@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <time.h>
 
+#define STOOLS 16u
 #define WATCH_PERIOD_NS 10000000
 /* The watch goes to sleep when it saw nothing happen so many times. */
 #define WATCH_QUIET_PERIODS 20
@@ -70,14 +71,29 @@ static void give_up_seat(struct af_seats *seats) {
     pthread_mutex_unlock(&seats->mutex);
 }
 
-static void take_seat(struct af_seats *seats) {
-    pthread_mutex_lock(&seats->mutex);
-    while (seats->seated >= seats->seats && !atomic_load(&seats->stopping)) {
+/* With the mutex held. */
+static void await_seat(struct af_seats *seats, uint32_t most) {
+    while (seats->seated >= most && !atomic_load(&seats->stopping)) {
         seats->resting++;
         pthread_cond_wait(&seats->free_seat, &seats->mutex);
         seats->resting--;
     }
     seats->seated++;
+}
+
+static void take_seat(struct af_seats *seats, uint32_t most) {
+    pthread_mutex_lock(&seats->mutex);
+    await_seat(seats, most);
+    pthread_mutex_unlock(&seats->mutex);
+}
+
+/* Rest, if there are more who read than seats. */
+static void leave_stool(struct af_seats *seats) {
+    pthread_mutex_lock(&seats->mutex);
+    if (seats->seated > seats->seats) {
+        seats->seated--;
+        await_seat(seats, seats->seats);
+    }
     pthread_mutex_unlock(&seats->mutex);
 }
 
@@ -99,9 +115,19 @@ void af_call_waits(struct af_server *server) {
         give_up_seat(server->seats);
 }
 
+void af_call_is_far(struct af_server *server) {
+    server->far = true;
+    af_call_waits(server);
+}
+
 void af_call_end(struct af_server *server) {
+    struct af_seats *seats = server->seats;
+    bool far = server->far;
+    server->far = false;
     if (atomic_exchange(&server->call, 0) & 1)
-        take_seat(server->seats);
+        take_seat(seats, far ? seats->seats + STOOLS : seats->seats);
+    else if (atomic_load_explicit(&seats->seated, memory_order_relaxed) > seats->seats)
+        leave_stool(seats);
 }
 
 /* The watch */

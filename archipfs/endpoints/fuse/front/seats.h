@@ -4,6 +4,10 @@
  * takes a free seat or rests until one is. So slow requests never hold up fast ones, and fast ones never pay for a
  * hand-over.
  *
+ * Who was waiting for a network when he gave his seat away need not rest: for him there are stools beside the seats. A
+ * network has many requests under way, each of which would else wake one who rests, and send another one to rest. They
+ * are for that only: who carried out something else on one goes to rest.
+ *
  * A sync knows beforehand that it will wait, and so does a read: the page cache says so. So does any call on a volume
  * whose data lies behind a network. Others do not: a watch looks every few milliseconds, while there is anything to
  * look at, and takes the seats of those who are still where they were.
@@ -33,6 +37,7 @@ struct af_server {
     _Atomic uint64_t served;
     _Atomic uint64_t forwarded;
     uint64_t seen_call; /* the watch's: what it saw last */
+    bool far;           /* the thread's own: its call waits for a network */
 };
 
 struct af_seats {
@@ -40,7 +45,7 @@ struct af_seats {
     pthread_cond_t free_seat;
     pthread_cond_t work; /* for the watch */
     uint32_t seats;
-    uint32_t seated;
+    _Atomic uint32_t seated; /* changed with the mutex held */
     uint32_t resting;
     uint32_t threads;
     atomic_bool stopping;
@@ -74,7 +79,8 @@ static inline bool af_seats_stopping(struct af_seats *seats) { return atomic_loa
 /* Around each call, by its thread. */
 void af_call_begin(struct af_server *server);
 void af_call_end(struct af_server *server);
-/* In a call: it is going to wait. */
+/* In a call: it is going to wait, for a disk or, if it is far, for a network. */
 void af_call_waits(struct af_server *server);
+void af_call_is_far(struct af_server *server);
 
 #endif
