@@ -22,9 +22,9 @@ from archipfs.compose.making import Made
 from archipfs.compose.moving import Moved, Moving
 from archipfs.compose.replicas import Synced
 from archipfs.compose.seals import Imported
-from archipfs.compose.volumes import Found
+from archipfs.compose.volumes import Backends, Found
 
-__all__ = ["Composer", "Found", "Imported", "Made", "Moved", "RolledBack", "Synced"]
+__all__ = ["Backends", "Composer", "Found", "Imported", "Made", "Moved", "RolledBack", "Synced"]
 
 
 class Composer(Moving, Changing, Locking):

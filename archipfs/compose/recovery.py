@@ -4,15 +4,12 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Mapping
 
 import msgspec
 import structlog
 
-from archipfs.compose.layers import LiveBitmaps
-from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import OpenVolume
-from archipfs.compose.volumes import Found, Volumes
+from archipfs.compose.volumes import Backends, Found, Volumes
 from archipfs.errors import (
     ArchipError,
     FormatTooNew,
@@ -32,14 +29,8 @@ log = structlog.get_logger()
 
 
 class Recovery(Volumes):
-    def __init__(
-        self,
-        mappers: Mapping[str, Mapper],
-        live: LiveBitmaps,
-        sealed: Mapping[str, SealedStore],
-        default_backend: str,
-    ) -> None:
-        super().__init__(mappers, live, sealed, default_backend)
+    def __init__(self, backends: Backends) -> None:
+        super().__init__(backends)
         self._reclaim_mutex = threading.Lock()
         self._reclaim_at = math.inf
         """When there is more to be deleted, on the monotonic clock."""

@@ -21,15 +21,14 @@ Until 4, calls of the store wait too (``Blocker.while_shut_out``), but not on be
 import functools
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import structlog
 
-from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore
 from archipfs.compose.volume import OpenVolume
-from archipfs.compose.volumes import Volumes
+from archipfs.compose.volumes import Backends, Volumes
 from archipfs.errors import ArchipError, Busy, Fenced, ShutOut, StoreError
 from archipfs.map.locks import Locks
 from archipfs.map.mapper import Mapper
@@ -62,15 +61,9 @@ class _Outside:
 
 
 class Returning(Volumes):
-    def __init__(
-        self,
-        mappers: Mapping[str, Mapper],
-        live: LiveBitmaps,
-        sealed: Mapping[str, SealedStore],
-        default_backend: str,
-    ) -> None:
-        super().__init__(mappers, live, sealed, default_backend)
-        self._outside = {name: _Outside() for name in mappers}
+    def __init__(self, backends: Backends) -> None:
+        super().__init__(backends)
+        self._outside = {name: _Outside() for name in backends.mappers}
         self._watching_stores = False
         self._returning = threading.Lock()
         """One at a time. Before everything else."""

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from archipfs.compose.object_cache import ObjectCache
 from archipfs.compose.pack_cache import PackCache
 from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
-from archipfs.map.chunks import ChunkStore
+from archipfs.map.chunks import PACK_KIND, ChunkStore, Progress
 from archipfs.map.hashes import content_hash
 from archipfs.map.mapper import Mapper
 from archipfs.map.packs import Coding, Entry
@@ -129,12 +129,19 @@ class SealedStore:
     @property
     def chunks(self) -> ChunkStore:
         """Opened at the first call, which may have to read what is new in the store."""
+        return self.learn(_log_progress(self._mapper.backend))
+
+    def learn(self, progress: Progress) -> ChunkStore:
+        """As ``chunks``; what ``progress`` raises ends it, and the next call begins where it was."""
         with self._mutex:
             if self._chunks is None:
-                self._cache, self._chunks = self._open_chunks()
+                self._cache, self._chunks = self._open_chunks(progress)
             return self._chunks
 
-    def _open_chunks(self) -> tuple[Cache, ChunkStore]:
+    def has_packs(self) -> bool:
+        return any(self._mapper.blocker.list(PACK_KIND))
+
+    def _open_chunks(self, progress: Progress) -> tuple[Cache, ChunkStore]:
         store = self._mapper.store
         cache = Cache(self._shared.directory / store.id)
         try:
@@ -145,7 +152,7 @@ class SealedStore:
                 node=self._mapper.node.id,
                 compression=store.compression,
             )
-            chunks.refresh(_log_progress(self._mapper.backend))
+            chunks.refresh(progress)
         except BaseException:
             cache.close()
             raise
@@ -284,7 +291,7 @@ def _renumbered(extents: bytes, numbers: Sequence[int]) -> bytes:
     )
 
 
-def _log_progress(backend: str) -> Callable[[int, int], None]:
+def _log_progress(backend: str) -> Progress:
     """Says in the log how far it is with learning what packs there are, where that takes a while."""
     last = time.monotonic()
 

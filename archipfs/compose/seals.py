@@ -2,14 +2,11 @@
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 
-from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.making import Made, Making
-from archipfs.compose.sealed import SealedStore
 from archipfs.compose.sealing import (
     Advance,
     Progress,
@@ -20,7 +17,7 @@ from archipfs.compose.sealing import (
     seal_layer,
     unheeded,
 )
-from archipfs.compose.volumes import Found
+from archipfs.compose.volumes import Backends, Found
 from archipfs.errors import ArchipError, Fenced, ObjectMissing
 from archipfs.map.mapper import Attributes, Mapper
 from archipfs.map.reclaim import delete_objects
@@ -44,14 +41,8 @@ class Imported:
 
 
 class Seals(Making):
-    def __init__(
-        self,
-        mappers: Mapping[str, Mapper],
-        live: LiveBitmaps,
-        sealed: Mapping[str, SealedStore],
-        default_backend: str,
-    ) -> None:
-        super().__init__(mappers, live, sealed, default_backend)
+    def __init__(self, backends: Backends) -> None:
+        super().__init__(backends)
         self.seals_waited_for = 0
         self._seals_end = False
 
@@ -135,6 +126,19 @@ class Seals(Making):
         """Have those under way, and imports, end soon, with an error: this process is to end. What they have stored is
         found again."""
         self._seals_end = True
+
+    def learn_packs(self) -> None:
+        """Read which packs there are, before somebody has to wait for it who reads.
+
+        Where that fails now, or is cut short by the end, whoever reads first does it, and is told.
+        """
+        for mapper in self._mappers.values():
+            sealed = self._sealed[mapper.backend]
+            try:
+                if sealed.has_packs():
+                    sealed.learn(self._heeding_the_end(unheeded))
+            except ArchipError as error:
+                log.info("packs not looked at ahead", backend=mapper.backend, error=str(error))
 
     def _heeding_the_end(self, progress: Progress) -> Progress:
         def heed(done: int, total: int) -> None:

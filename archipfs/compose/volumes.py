@@ -28,6 +28,18 @@ CLOSING_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
+class Backends:
+    """Those that a composer begins with, by name."""
+
+    mappers: Mapping[str, Mapper]
+    """In the order in which names are looked for."""
+    sealed: Mapping[str, SealedStore]
+    live: LiveBitmaps
+    default: str
+    """Where volumes are made when no backend is named."""
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """A volume, with the mapper of the backend it lies in."""
 
@@ -48,19 +60,12 @@ class _Table:
 
 
 class Volumes:
-    def __init__(
-        self,
-        mappers: Mapping[str, Mapper],
-        live: LiveBitmaps,
-        sealed: Mapping[str, SealedStore],
-        default_backend: str,
-    ) -> None:
-        """``mappers`` by backend name, in the order in which names are looked for; ``sealed`` by the same names."""
-        self._mappers = mappers
-        self._sealed = sealed
-        self._default_backend = default_backend
-        self._live_bitmaps = live
-        self._live = {name: live.of(mapper.store.id) for name, mapper in mappers.items()}
+    def __init__(self, backends: Backends) -> None:
+        self._mappers = backends.mappers
+        self._sealed = backends.sealed
+        self._default_backend = backends.default
+        self._live_bitmaps = backends.live
+        self._live = {name: backends.live.of(mapper.store.id) for name, mapper in backends.mappers.items()}
         self._table = _Table()
         self._engine_users: list[EngineUser] = []
         self.away: Mapping[str, StoreUnavailable] = {}

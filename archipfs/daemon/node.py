@@ -24,7 +24,7 @@ import structlog
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.registry import create_blocker, open_blocker
 from archipfs.blockers.retry import RetryBlocker
-from archipfs.compose.composer import Composer
+from archipfs.compose.composer import Backends, Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
@@ -211,7 +211,7 @@ def open_node(config: Config, *, recover: bool = True, all_backends: bool = True
                 if all_backends or backend.name == default:
                     raise
                 away[backend.name] = error
-        composer = Composer(mappers, LiveBitmaps(config.run_dir / "live"), sealed, default)
+        composer = Composer(Backends(mappers, sealed, LiveBitmaps(config.run_dir / "live"), default))
         composer.away = away
         if recover:
             composer.recover()

@@ -187,7 +187,7 @@ class _Life:
         nursery.start_soon(_every, HOUSEKEEPING_SECONDS, composer.reclaim, recover)
         composer.begin_watching_stores()
         nursery.start_soon(_every, HOUSEKEEPING_SECONDS, watch_locks)
-        nursery.start_soon(_every, LOOK_SECONDS, composer.go_over_to_seals)
+        nursery.start_soon(_every, LOOK_SECONDS, composer.go_over_to_seals, composer.learn_packs)
         nursery.start_soon(_every, STORE_RETRY_SECONDS, node.look_for_away)
         if node.config.seal.background:
             sealing = BackgroundSealing(composer, node.config.seal)

@@ -70,7 +70,7 @@ class Upkeep:
 
     def has_sealed(self) -> bool:
         """Whether there are packs, or should be."""
-        return any(self.mapper.blocker.list(PACK_KIND)) or bool(sealed_roots(self.mapper.catalog))
+        return self._sealed.has_packs() or bool(sealed_roots(self.mapper.catalog))
 
     def check(self, pulse: Pulse) -> list[Finding]:
         return check_backend(self.mapper, self._sealed.chunks if self.has_sealed() else None, pulse)

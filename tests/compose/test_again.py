@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from archipfs.blockers.fault import FaultPlan, Moment
-from archipfs.compose.composer import Composer
+from archipfs.compose.composer import Backends, Composer
 from archipfs.compose.engine import EngineVolume
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.errors import AlreadyExists, Busy, Fenced, LockHeld, NotFound, StoreUnavailable
@@ -370,7 +370,7 @@ def test_what_was_written_to_a_store_that_is_not_configured_just_now_is_kept(wor
     mapper = elsewhere.mapper()
     live = LiveBitmaps(world.directory / "one")
     stores, close = elsewhere.sealed_stores(mapper)
-    Composer({BACKEND: mapper}, live, stores, BACKEND).recover()
+    Composer(Backends({BACKEND: mapper}, stores, live, BACKEND)).recover()
     close()
     assert content_of(world.recovered(), "vm")[:SECTOR_BYTES] == pattern(3)
 

@@ -11,9 +11,9 @@ import pytest
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.memory import MemoryBlocker
 from archipfs.blockers.registry import create_blocker
-from archipfs.compose.composer import Composer
+from archipfs.compose.composer import Backends, Composer
 from archipfs.compose.sealed import SealedStore
-from archipfs.errors import ObjectDamaged, StoreError
+from archipfs.errors import ObjectDamaged, StoreError, StoreUnavailable
 from archipfs.map.catalog import STORE_IDENT, Catalog
 from archipfs.map.packs import Coding, Kind
 from archipfs.map.pages import Extent, encode_leaf
@@ -97,11 +97,46 @@ def test_caches_that_are_deleted_come_back(world: World, composer: Composer) -> 
     for _ in range(2):
         stores, close = world.sealed_stores(mapper)
         directory = next(iter(stores.values()))._shared.directory
-        reader = Composer({"default": mapper}, composer._live["default"], stores, "default")
+        reader = Composer(Backends({"default": mapper}, stores, composer._live["default"], "default"))
         assert content_of(reader, "snap") == content
         assert directory.exists()
         close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_packs_are_learned_ahead_of_the_first_read(world: World, composer: Composer) -> None:
+    untouched = world.composer(host="three")
+    untouched.learn_packs()
+    assert not store_of(untouched)._shared.directory.exists()
+
+    content = sealed_snapshot(composer)
+    node = world.composer(host="two")
+    node.end_seals()  # cut short: nothing is lost
+    node.learn_packs()
+    assert content_of(node, "snap") == content
+
+    node = world.composer(host="four")
+    node.learn_packs()
+    assert store_of(node)._shared.directory.exists()
+    assert store_of(node).chunks.packs() == store_of(composer).chunks.packs()
+    assert content_of(node, "snap") == content
+
+
+def test_a_store_that_does_not_answer_is_no_matter_before_somebody_reads(
+    world: World, composer: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = sealed_snapshot(composer)
+    node = world.composer(host="two")
+
+    def fail(*_: object) -> None:
+        raise StoreUnavailable("the store does not answer; try again")
+
+    with monkeypatch.context() as silent:
+        silent.setattr(world.store, "get", fail)
+        node.learn_packs()
+        with pytest.raises(StoreUnavailable):
+            content_of(node, "snap")
+    assert content_of(node, "snap") == content
 
 
 def chunks_of(composer: Composer) -> list[tuple[PackId, bytes, Coding]]:

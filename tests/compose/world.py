@@ -16,7 +16,7 @@ from typing import TypeVar
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
 from archipfs.blockers.memory import MemoryBlocker
-from archipfs.compose.composer import Composer
+from archipfs.compose.composer import Backends, Composer
 from archipfs.compose.engine import format_bitmap
 from archipfs.compose.layers import LiveBitmaps
 from archipfs.compose.sealed import SealedStore, Shared
@@ -150,7 +150,7 @@ class World:
     def composer(self, blocker: Blocker | None = None, host: str = "one") -> Composer:
         mapper = self.mapper(blocker, host)
         stores, close = self.sealed_stores(mapper)
-        composer = Composer({BACKEND: mapper}, LiveBitmaps(self.directory / host), stores, BACKEND)
+        composer = Composer(Backends({BACKEND: mapper}, stores, LiveBitmaps(self.directory / host), BACKEND))
         weakref.finalize(composer, close)
         return composer
 
@@ -219,7 +219,7 @@ class TwoStores:
         shared = Shared(caches, table_bytes_max=1 << 20, objects_bytes_max=4 << 20, packs_bytes_max=4 << 20)
         sealed = {name: SealedStore(mapper, shared) for name, mapper in mappers.items()}
         live = self.directory / (host if only is None else f"{host}-{only}")
-        composer = Composer(mappers, LiveBitmaps(live), sealed, only or "a")
+        composer = Composer(Backends(mappers, sealed, LiveBitmaps(live), only or "a"))
 
         def close() -> None:
             for store in sealed.values():
