@@ -34,6 +34,7 @@ class Recovery(Volumes):
         self._reclaim_mutex = threading.Lock()
         self._reclaim_at = math.inf
         """When there is more to be deleted, on the monotonic clock."""
+        self._layers_waiting: dict[str, int] = {}
 
     def recover(self) -> None:
         """Finish what a crash cut short: purge removed volumes, delete layers that nothing leads to.
@@ -178,11 +179,16 @@ class Recovery(Volumes):
         except StoreError as error:
             log.warning("nothing reclaimed, it is tried again", backend=mapper.backend, error=str(error))
             return False
+        self._layers_waiting[mapper.backend] = freed.waiting
         if freed.waiting:
             self._reclaim_at = min(self._reclaim_at, time.monotonic() + READERS_GRACE_NS / 1e9)
         if freed.layers:
             log.info("reclaimed", layers=freed.layers, freed=format_size(freed.stored_bytes))
         return True
+
+    def layers_waiting(self, backend: str) -> int:
+        """How many layers of removed volumes are left alone for a minute, since other nodes may be reading them."""
+        return self._layers_waiting.get(backend, 0)
 
     def close_all(self) -> None:
         """Flush and close everything, whoever uses it. Errors are raised at the end, the first one."""

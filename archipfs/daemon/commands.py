@@ -401,6 +401,9 @@ def gc(node: Node, sent: Sent, dry_run: bool = False) -> list[Answer]:
     for name, upkeep in node.upkeep.items():
         collected = upkeep.collect(lambda: sent.progress(0, 0), dry_run=dry_run)
         if collected is not None:
+            kept = dict(collected.kept)
+            if waiting := node.composer.layers_waiting(name):
+                kept["layers for a minute, since other nodes may be reading them"] = waiting
             done.append(
                 {
                     "backend": name,
@@ -409,7 +412,7 @@ def gc(node: Node, sent: Sent, dry_run: bool = False) -> list[Answer]:
                     "repacked": collected.repacked,
                     "copied": collected.copied_bytes,
                     "needed_again": collected.needed_again,
-                    "kept": dict(collected.kept),
+                    "kept": kept,
                     "dry_run": dry_run,
                 }
             )

@@ -144,14 +144,17 @@ def test_what_was_sealed_keeps_its_objects_for_those_who_read_them_elsewhere(
     layer = one.find("monday").record.layer
     snapshot, copy = two.open(two.find("monday")), two.open(two.find("copy"))
     copy.write(0, pattern(2))
+    assert one.layers_waiting(one.default_backend) == 0
     one.seal("monday")
     one.reclaim()
     one.recover()
     assert len(objects_of(world, layer)) == 2
+    assert one.layers_waiting(one.default_backend) == 1
     assert snapshot.read(0, 8 * SECTOR_BYTES) == pattern(1, 8)
     two.go_over_to_seals()
     monkeypatch.setattr(mapper_module, "READERS_GRACE_NS", 0)
     two.recover()
+    assert two.layers_waiting(two.default_backend) == 0
     assert objects_of(world, layer) == set()
     assert snapshot.read(0, 8 * SECTOR_BYTES) == pattern(1, 8)
     assert copy.read(0, 8 * SECTOR_BYTES) == pattern(2) + pattern(1, 8)[SECTOR_BYTES:]
