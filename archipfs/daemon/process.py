@@ -187,7 +187,8 @@ class _Life:
         nursery.start_soon(_every, HOUSEKEEPING_SECONDS, composer.reclaim, recover)
         composer.begin_watching_stores()
         nursery.start_soon(_every, HOUSEKEEPING_SECONDS, watch_locks)
-        nursery.start_soon(_every, LOOK_SECONDS, composer.go_over_to_seals, composer.learn_packs)
+        nursery.start_soon(_every, LOOK_SECONDS, composer.go_over_to_seals)
+        nursery.start_soon(_once, composer.learn_packs)
         nursery.start_soon(_every, STORE_RETRY_SECONDS, node.look_for_away)
         if node.config.seal.background:
             sealing = BackgroundSealing(composer, node.config.seal)
@@ -257,24 +258,21 @@ def _leave_with_manager(descriptors: Mapping[str, int]) -> bool:
     return all(store(name, descriptor) for name, descriptor in descriptors.items())
 
 
+async def _once(chore: Callable[[], object]) -> None:
+    """Do a chore in a thread of its own. A bug in it is logged, and does not end the mount."""
+    try:
+        await trio.to_thread.run_sync(chore, limiter=trio.CapacityLimiter(1))
+    except Exception:
+        log.exception("bug", chore=chore.__name__)
+
+
 async def _every(seconds: float, chore: Callable[[], object], first: Callable[[], object] | None = None) -> None:
-    """Do a chore in a thread again and again, after a pause each time; before the first pause, ``first``.
-
-    A bug in one is logged, and does not end the mount.
-    """
-    threads = trio.CapacityLimiter(1)
-
-    async def do(this: Callable[[], object]) -> None:
-        try:
-            await trio.to_thread.run_sync(this, limiter=threads)
-        except Exception:
-            log.exception("bug", chore=this.__name__)
-
+    """Do a chore again and again, after a pause each time; before the first pause, ``first``."""
     if first is not None:
-        await do(first)
+        await _once(first)
     while True:
         await trio.sleep(seconds)
-        await do(chore)
+        await _once(chore)
 
 
 async def _end_seals(node: Node) -> None:
