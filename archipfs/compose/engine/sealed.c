@@ -4,7 +4,7 @@
  * Of packs that lie far away, what a sequential reader will come to is fetched ahead. His reads make a *stream*: what
  * follows is one that begins about where the last one ended, since several requests at a time arrive in any order. Each
  * read that finds room ahead has more fetched, up to the end of a region, so that several of them find out at once
- * where the next regions lie; and twice as much may be ahead then.
+ * where the next regions lie; when all that may be ahead is, twice as much may.
  */
 #include "sealed.h"
 #include "table.h"
@@ -169,8 +169,10 @@ static bool stream_note(struct ae_sealed *sealed, uint64_t offset, uint64_t end,
     if (wanted && takes) {
         *from = larger(stream->ahead, stream->next);
         uint64_t border = (*from / AE_REGION_BYTES + 1) * AE_REGION_BYTES;
-        *until = stream->ahead = smaller(smaller(stream->next + stream->window, border), AE_SIZE_MAX);
-        stream->window = smaller(2 * stream->window, WINDOW_BYTES_MAX);
+        uint64_t wished = smaller(stream->next + stream->window, AE_SIZE_MAX);
+        *until = stream->ahead = smaller(wished, border);
+        if (*until == wished)
+            stream->window = smaller(2 * stream->window, WINDOW_BYTES_MAX);
     }
     pthread_mutex_unlock(&sealed->streams_lock);
     return wanted;
