@@ -153,7 +153,7 @@ class ChunkStore:
         with ThreadPoolExecutor(_HEADS_AT_ONCE, thread_name_prefix="pack-heads") as threads:
             while batch := list(islice(following, _HEADS_IN_MEMORY)):
                 heads = list(threads.map(self._index_or_error, batch))
-                self.cache.add_packs(head for head in heads if isinstance(head, PackIndex))
+                self.cache.add_packs([head for head in heads if isinstance(head, PackIndex)])
                 for pack, found in zip(batch, heads, strict=True):
                     if isinstance(found, StoreError) and not isinstance(found, ObjectMissing):
                         if pack not in self.damaged_packs:

@@ -165,6 +165,19 @@ def test_another_node_finds_it_and_rebuilds_its_index_with_progress(blocker: Mem
     assert [other.read(digest) for digest in digests] == chunks
 
 
+def test_an_index_that_grows_while_it_is_rebuilt_knows_all_packs(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [chunk(seed) for seed in range(150)]
+    store = nodes(blocker)
+    digests = store_all(store, chunks)
+    monkeypatch.setattr(cache_module, "_MAP_BYTES", 1 << 16)
+    other = nodes(blocker, "other")
+    other.refresh()
+    assert other.packs() == store.packs()
+    assert [other.read(digest) for digest in digests] == chunks
+
+
 def test_a_miss_refreshes_once(blocker: MemoryBlocker, nodes: Nodes) -> None:
     first, second = nodes(blocker), nodes(blocker, "b")
     digests = store_all(first, [chunk(1), chunk(2)])
