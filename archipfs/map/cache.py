@@ -398,8 +398,11 @@ class Cache:
         """As ``add_packs``."""
         self.add_packs([pack])
 
-    def add_packs(self, packs: Iterable[PackIndex]) -> None:
-        """Remember where everything in them lies. Only for packs that are durable in the store."""
+    def add_packs(self, packs: Sequence[PackIndex]) -> None:
+        """Remember where everything in them lies. Only for packs that are durable in the store.
+
+        When the file grows for them, they are gone over once more.
+        """
 
         def add(txn: _Txn) -> None:
             places: list[tuple[bytes, bytes]] = []

@@ -60,6 +60,8 @@ COMPRESSIONS = ("none", "zstd")
 
 _HEADS_AT_ONCE = 4
 _HEADS_IN_MEMORY = 64
+_HEADS_OF_BYTES = 256 << 20
+"""Heads of so many bytes of packs at most: they take a tenth of that where all chunks are of one sector."""
 _HEAD_BYTES_LIKELY = 16 << 10
 """One read is enough then: a pack of 4 MiB with chunks of 32 KiB has a head of 8 KiB."""
 
@@ -150,10 +152,11 @@ class ChunkStore:
         damaged: dict[PackId, str] = {}
         done = 0
         following = iter(packs)
+        together = min(_HEADS_IN_MEMORY, max(_HEADS_AT_ONCE, _HEADS_OF_BYTES // self.pack_bytes))
         with ThreadPoolExecutor(_HEADS_AT_ONCE, thread_name_prefix="pack-heads") as threads:
-            while batch := list(islice(following, _HEADS_IN_MEMORY)):
+            while batch := list(islice(following, together)):
                 heads = list(threads.map(self._index_or_error, batch))
-                self.cache.add_packs(head for head in heads if isinstance(head, PackIndex))
+                self.cache.add_packs([head for head in heads if isinstance(head, PackIndex)])
                 for pack, found in zip(batch, heads, strict=True):
                     if isinstance(found, StoreError) and not isinstance(found, ObjectMissing):
                         if pack not in self.damaged_packs:

@@ -320,6 +320,7 @@ static void test_all_who_need_a_block_wait_for_one_fetch(void) {
     rig.packs[0].fail_with = 0;
     CHECK_EQUAL(read_together(&rig), 0);
     CHECK_EQUAL(rig.packs[0].reads, reads + 1);
+    await_kept(&rig); /* what has landed has its pack open */
     CHECK_EQUAL(rig.packs[0].closed, 4);
     CHECK_EQUAL(statistics_of(&rig).fetches, 1);
     rig_end(&rig);

@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore, Location, Session, Swept, pack_key
 from archipfs.map.hashes import ContentHash, content_hash
-from archipfs.map.packs import Coding, Kind
+from archipfs.map.packs import Coding, Kind, PackIndex
 from archipfs.map.records import CondemnedRecord, DamageRecord
 from archipfs.types import SECTOR_BYTES, Digest, PackId
 from tests.blockers.conformance import run_threads
@@ -29,6 +29,8 @@ NODE = "0123456789abcdef" * 2
 BLAKE3 = content_hash("blake3")
 XXH3 = content_hash("xxh3-128")
 PACK_BYTES = 40_000
+
+AddPacks = Callable[[Sequence[PackIndex]], None]
 
 
 class Node:
@@ -163,6 +165,39 @@ def test_another_node_finds_it_and_rebuilds_its_index_with_progress(blocker: Mem
     assert seen == sorted(seen)
     assert other.packs() == nodes(blocker, "c").packs() | other.packs()
     assert [other.read(digest) for digest in digests] == chunks
+
+
+def test_an_index_that_grows_while_it_is_rebuilt_knows_all_packs(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [chunk(seed) for seed in range(150)]
+    store = nodes(blocker)
+    digests = store_all(store, chunks)
+    monkeypatch.setattr(cache_module, "_MAP_BYTES", 1 << 16)
+    other = nodes(blocker, "other")
+    other.refresh()
+    assert other.packs() == store.packs()
+    assert [other.read(digest) for digest in digests] == chunks
+
+
+def test_an_index_is_rebuilt_with_few_heads_in_memory_where_packs_are_large(
+    blocker: MemoryBlocker, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a pack of 64 MiB that is cut into sectors takes 6 MiB, with what is made of it."""
+    store_all(nodes(blocker), [chunk(seed, 8) for seed in range(60)])
+    for pack_bytes, most in ((64 << 20, 4), (4 << 20, 64)):
+        other = nodes(blocker, f"other-{pack_bytes}", pack_bytes=pack_bytes)
+        together: list[int] = []
+        add_packs = other.cache.add_packs
+
+        def spy(packs: Sequence[PackIndex], add: AddPacks = add_packs, seen: list[int] = together) -> None:
+            seen.append(len(packs))
+            add(packs)
+
+        monkeypatch.setattr(other.cache, "add_packs", spy)
+        other.refresh()
+        assert sum(together) == len(other.packs()) > 50
+        assert max(together) == min(most, len(other.packs()))
 
 
 def test_a_miss_refreshes_once(blocker: MemoryBlocker, nodes: Nodes) -> None:
