@@ -46,7 +46,7 @@ from archipfs.map.cache import Cache
 from archipfs.map.cache import Location as Location
 from archipfs.map.catalog import Catalog
 from archipfs.map.hashes import Buffer, ContentHash
-from archipfs.map.packs import Coding, Kind, PackBuilder, PackIndex, index_bytes, parse
+from archipfs.map.packs import HEADER_BYTES, Coding, Kind, PackBuilder, PackIndex, index_bytes, parse
 from archipfs.map.records import CondemnedRecord, DamageRecord
 from archipfs.types import Digest, PackId
 
@@ -222,7 +222,13 @@ class ChunkStore:
         Raises ``ObjectMissing``, ``ObjectDamaged``, ``FormatTooNew``, each naming the pack.
         """
         key = pack_key(pack)
-        begin = self.blocker.get(key, 0, _HEAD_BYTES_LIKELY)
+        try:
+            begin = self.blocker.get(key, 0, _HEAD_BYTES_LIKELY)
+        except (ObjectMissing, StoreUnavailable):
+            raise
+        except StoreError:
+            # A disk may have a bad place behind the head.
+            begin = self.blocker.get(key, 0, HEADER_BYTES)
         try:
             head_bytes = index_bytes(begin)
         except (ObjectDamaged, FormatTooNew):

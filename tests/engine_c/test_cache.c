@@ -21,6 +21,7 @@
 #define PACKS 8
 #ifndef CACHE_ROUNDS
 #define CACHE_ROUNDS 400
+#define MEASURES_MEMORY /* sanitizers keep what was freed */
 #endif
 
 _Static_assert(PACKS < 256, "a pack's number fits its name");
@@ -806,6 +807,56 @@ static void test_a_crowd_reads_right_whatever_happens_to_the_files(void) {
     rig_end(&rig);
 }
 
+#ifdef MEASURES_MEMORY
+
+/* In kinds of pieces and an order that leave holes everywhere. */
+static void *read_all_kinds(void *argument) {
+    struct crowd *crowd = argument;
+    struct rig *rig = crowd->rig;
+    uint64_t random = random_seed(200 + crowd->number);
+    static _Thread_local char bytes[MIB];
+    for (int round = 0; round < 20; round++) {
+        unsigned pack = (unsigned)random_below(&random, PACKS);
+        struct ae_object object = open_pack(rig, pack);
+        for (int i = 0; i < 8; i++) {
+            size_t length = i % 2 == 0 ? MIB : 100;
+            CHECK_EQUAL(object.ops->pread_within(object.ctx, bytes, length, random_below(&random, 8) * MIB), 0);
+        }
+        close_object(object);
+    }
+    return NULL;
+}
+
+static uint64_t resident_bytes(void) {
+    unsigned long long all, resident;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(file != NULL && fscanf(file, "%llu %llu", &all, &resident) == 2);
+    fclose(file);
+    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+static void test_memory_is_given_back_when_all_is_quiet(void) {
+    enum { READERS = 24 };
+    struct rig rig;
+    rig_init(&rig, MIB, BLOCKS_MAX * BLOCK);
+    ae_cache_close(rig.cache);
+    CHECK_EQUAL(ae_cache_open(MIB, 100000000, &rig.cache), 0);
+    uint64_t before = resident_bytes();
+    pthread_t threads[READERS];
+    struct crowd crowds[READERS];
+    for (unsigned i = 0; i < READERS; i++) {
+        crowds[i] = (struct crowd){.rig = &rig, .number = i};
+        CHECK(pthread_create(&threads[i], NULL, read_all_kinds, &crowds[i]) == 0);
+    }
+    for (unsigned i = 0; i < READERS; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    await_kept(&rig);
+    CHECK(resident_bytes() < before + 32 * MIB);
+    rig_end(&rig);
+}
+
+#endif
+
 int main(void) {
     static const struct test tests[] = {
         {"each block is fetched once", test_each_block_is_fetched_once},
@@ -829,6 +880,9 @@ int main(void) {
         {"not fetching ahead", test_a_random_reader_is_not},
         {"what cannot be fetched", test_what_cannot_be_fetched_is_tried_twice_unless_that_took_too_long},
         {"dropping what is queued", test_what_is_queued_is_dropped_at_the_end},
+#ifdef MEASURES_MEMORY
+        {"memory is given back", test_memory_is_given_back_when_all_is_quiet},
+#endif
         {"a crowd", test_a_crowd_reads_right_whatever_happens_to_the_files},
     };
     return run_tests(tests, sizeof tests / sizeof tests[0]);

@@ -367,14 +367,15 @@ def test_a_cache_that_is_full_fails_no_read_and_no_seal(
 
 
 class BadPlaces(MemoryBlocker):
-    """On a disk that cannot read some objects."""
+    """On a disk that cannot read some objects, from some place on."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bad: set[str] = set()
+        self.bad_from = 0
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        if key in self.bad:
+        if key in self.bad and (length is None or offset + length > self.bad_from):
             raise StoreError(f"reading {key}: EIO")
         return super().get(key, offset, length)
 
@@ -410,6 +411,20 @@ def test_a_head_that_a_disk_cannot_read_keeps_no_other_pack_out(nodes: Nodes) ->
     assert reader.damaged_packs.keys() == {bad}
     blocker.bad = set()
     assert reader.read(one) == chunk(1)
+
+
+def test_a_chunk_that_a_disk_cannot_read_takes_no_others_of_its_pack_along(nodes: Nodes) -> None:
+    """Though it lies right behind the head."""
+    blocker = BadPlaces()
+    chunks = [chunk(1, 1), chunk(2, 1)]
+    digests = store_all(nodes(blocker), chunks)
+    (pack,) = (PackId(key.partition("/")[2]) for key in blocker.list("pack"))
+    blocker.bad, blocker.bad_from = {pack_key(pack)}, 8192 + SECTOR_BYTES
+    reader = nodes(blocker, "other")
+    assert reader.read(digests[0]) == chunks[0]
+    with pytest.raises(StoreError, match="EIO"):
+        reader.read(digests[1])
+    assert not reader.damaged_packs
 
 
 def test_condemned_packs_are_no_hits_but_are_read(blocker: MemoryBlocker, nodes: Nodes) -> None:

@@ -5,6 +5,7 @@
 #ifndef ARCHIPFS_ENGINE_CACHE_H
 #define ARCHIPFS_ENGINE_CACHE_H
 
+#include "buffers.h"
 #include "cache_file.h"
 #include "crew.h"
 
@@ -53,6 +54,7 @@ struct ae_cache {
     uint64_t stay_ns;              /* until then they may stay in memory */
     size_t landed_bytes;           /* of these, and of what the keepers have in hand */
     struct ae_crew fetchers, keepers;
+    struct ae_buffers buffers; /* of flights; its lock is never taken inside another */
 };
 
 void ae_cache_retain(struct ae_cache *cache);

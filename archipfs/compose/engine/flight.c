@@ -2,6 +2,7 @@
  * See flight.h. All about flights is under the cache's lock, which nobody holds while he fetches or touches the disk.
  */
 #include "flight.h"
+#include "plan.h"
 #include "region.h"
 
 #include <errno.h>
@@ -40,6 +41,10 @@ static void dequeue(struct ae_flight_queue *queue, struct ae_flight *flight) {
     if (flight->queue_next == NULL)
         queue->end = at;
     queue->count--;
+}
+
+static size_t buffer_bytes(const struct ae_flight *flight) {
+    return (size_t)ae_sector_ceil(flight->length) * AE_SECTOR_BYTES;
 }
 
 /* The one that has the block, with the lock held. */
@@ -89,7 +94,7 @@ void ae_flight_leave(struct ae_flight *flight) {
     if (!last)
         return;
     pthread_cond_destroy(&flight->landed);
-    free(flight->bytes);
+    ae_buffer_give(&cached->cache->buffers, flight->bytes, buffer_bytes(flight));
     free(flight);
     ae_cached_release(cached);
 }
@@ -131,12 +136,19 @@ static uint64_t stays_ns(const struct ae_cache *cache) {
 
 static void *keep_landed(void *argument) {
     struct ae_cache *cache = argument;
+    bool trimmed = false;
     pthread_mutex_lock(&cache->lock);
     while (cache->landed.first != NULL || !cache->keepers.stopping) {
         struct ae_flight *flight = cache->landed.first;
         uint64_t left_ns = flight != NULL ? stays_ns(cache) : 0;
-        if (flight == NULL) {
+        if (flight == NULL && trimmed) {
             ae_crew_wait(&cache->keepers);
+            trimmed = false;
+        } else if (flight == NULL) {
+            pthread_mutex_unlock(&cache->lock);
+            ae_buffers_trim(&cache->buffers);
+            pthread_mutex_lock(&cache->lock);
+            trimmed = true;
         } else if (left_ns > 0) {
             ae_crew_wait_for(&cache->keepers, left_ns);
         } else {
@@ -147,6 +159,7 @@ static void *keep_landed(void *argument) {
             ae_flight_leave(flight);
             pthread_mutex_lock(&cache->lock);
             cache->landed_bytes -= length;
+            trimmed = false;
         }
     }
     pthread_mutex_unlock(&cache->lock);
@@ -193,9 +206,9 @@ static bool land(struct ae_flight *flight, int result, bool ahead) {
 /* By its pilot, without the lock. */
 static void fly(struct ae_flight *flight, bool ahead) {
     struct ae_cached *cached = flight->cached;
-    size_t room = (flight->length + AE_SECTOR_BYTES - 1) / AE_SECTOR_BYTES * AE_SECTOR_BYTES;
+    size_t room = buffer_bytes(flight);
     int result = -ENOMEM;
-    flight->bytes = aligned_alloc(AE_SECTOR_BYTES, room);
+    flight->bytes = ae_buffer_take(&cached->cache->buffers, room);
     if (flight->bytes != NULL) {
         memset(flight->bytes + flight->length, 0, room - flight->length);
         result = ae_object_read_within(&cached->source, flight->bytes, flight->length, flight->offset);
@@ -306,12 +319,17 @@ void ae_cached_will_need(const struct ae_object *object, uint64_t length, uint64
 int ae_flights_init(struct ae_cache *cache) {
     cache->ahead.end = &cache->ahead.first;
     cache->landed.end = &cache->landed.first;
-    int result = ae_crew_init(&cache->fetchers, "pack-fetcher", FETCHERS, &cache->lock, fetch_ahead, cache);
+    int result = ae_buffers_init(&cache->buffers);
     if (result < 0)
         return result;
-    result = ae_crew_init(&cache->keepers, "pack-keeper", KEEPERS, &cache->lock, keep_landed, cache);
-    if (result < 0)
+    result = ae_crew_init(&cache->fetchers, "pack-fetcher", FETCHERS, &cache->lock, fetch_ahead, cache);
+    if (result == 0) {
+        result = ae_crew_init(&cache->keepers, "pack-keeper", KEEPERS, &cache->lock, keep_landed, cache);
+        if (result == 0)
+            return 0;
         ae_crew_destroy(&cache->fetchers);
+    }
+    ae_buffers_destroy(&cache->buffers);
     return result;
 }
 
@@ -335,4 +353,5 @@ void ae_flights_stop(struct ae_cache *cache) {
 void ae_flights_destroy(struct ae_cache *cache) {
     ae_crew_destroy(&cache->keepers);
     ae_crew_destroy(&cache->fetchers);
+    ae_buffers_destroy(&cache->buffers);
 }
