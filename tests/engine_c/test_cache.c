@@ -809,12 +809,16 @@ static void test_a_crowd_reads_right_whatever_happens_to_the_files(void) {
 
 #ifdef MEASURES_MEMORY
 
+#define MANY 24
+
+static char room[MANY][MIB];
+
 /* In kinds of pieces and an order that leave holes everywhere. */
 static void *read_all_kinds(void *argument) {
     struct crowd *crowd = argument;
     struct rig *rig = crowd->rig;
     uint64_t random = random_seed(200 + crowd->number);
-    static _Thread_local char bytes[MIB];
+    char *bytes = room[crowd->number];
     for (int round = 0; round < 20; round++) {
         unsigned pack = (unsigned)random_below(&random, PACKS);
         struct ae_object object = open_pack(rig, pack);
@@ -836,19 +840,19 @@ static uint64_t resident_bytes(void) {
 }
 
 static void test_memory_is_given_back_when_all_is_quiet(void) {
-    enum { READERS = 24 };
     struct rig rig;
     rig_init(&rig, MIB, BLOCKS_MAX * BLOCK);
     ae_cache_close(rig.cache);
     CHECK_EQUAL(ae_cache_open(MIB, 100000000, &rig.cache), 0);
+    memset(room, 1, sizeof room);
     uint64_t before = resident_bytes();
-    pthread_t threads[READERS];
-    struct crowd crowds[READERS];
-    for (unsigned i = 0; i < READERS; i++) {
+    pthread_t threads[MANY];
+    struct crowd crowds[MANY];
+    for (unsigned i = 0; i < MANY; i++) {
         crowds[i] = (struct crowd){.rig = &rig, .number = i};
         CHECK(pthread_create(&threads[i], NULL, read_all_kinds, &crowds[i]) == 0);
     }
-    for (unsigned i = 0; i < READERS; i++)
+    for (unsigned i = 0; i < MANY; i++)
         CHECK(pthread_join(threads[i], NULL) == 0);
     await_kept(&rig);
     CHECK(resident_bytes() < before + 32 * MIB);
