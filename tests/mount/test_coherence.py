@@ -17,17 +17,13 @@ from tests.lib.disks import check_file_system, loop_device, make_file_system, mo
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 MIB = 1 << 20
 SIZE = 64 * SECTOR_BYTES
 STEPS = 150
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 @pytest.fixture
@@ -263,6 +259,7 @@ def test_readers_never_go_back_behind_a_write_that_returned(mount: Instance, fro
             snapshot(counter.path, f"s{number}")
 
 
+@pytest.mark.directory("it is about the page cache, and writes 1 GiB")
 def test_no_page_is_fetched_behind_the_back_of_a_write_under_way(mount: Instance, front: bool) -> None:
     """If looking at a volume dropped pages whose write is not done yet, a reader would keep the old ones."""
     if not front:
@@ -352,6 +349,7 @@ def test_a_database_on_a_disk_on_a_volume_stays_whole(mount: Instance, tmp_path:
 
 
 @pytest.mark.parametrize("journal", ["delete", "truncate", "persist", "wal"])
+@pytest.mark.directory("thousands of flushes that one journal after another makes take a pool 25 s each")
 def test_a_database_that_is_a_volume_itself_stays_whole(mount: Instance, journal: str) -> None:
     """The write-ahead log is a volume beside it then, and so is its index, which is mapped and shared."""
     path = mount.path / "db"

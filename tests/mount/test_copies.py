@@ -20,8 +20,9 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
 
 MIB, GIB = 1 << 20, 1 << 30
 PIECE_BYTES = 0xFFFF_F000
@@ -503,7 +504,7 @@ def test_what_was_copied_survives_a_kill_of_the_daemon(mount: Instance) -> None:
 
 def test_a_copy_into_a_volume_that_another_node_has_waits_as_a_write_does(make_instance: MakeInstance) -> None:
     first = make_instance().mount()
-    second = make_instance(store=first.store).mount()
+    second = make_instance(**first.place).mount()
     (first.path / "vm1").write_bytes(b"x" * MIB)
     held = create(first.path / "vm2", MIB)
     target = second.path / "vm2"

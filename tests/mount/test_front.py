@@ -19,8 +19,9 @@ from tests.lib.stream import Stream, streams_of
 from tests.lib.usage import given_back
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
 
 MIB = 1 << 20
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -136,7 +137,7 @@ def test_without_the_front_there_is_neither(make_instance: MakeInstance) -> None
 
 def test_a_volume_of_another_node_cannot_be_punched_until_it_is_ours(make_instance: MakeInstance) -> None:
     first = make_instance()
-    second = make_instance(store=first.store)
+    second = make_instance(**first.place)
     first.mount()
     second.mount()
     assert first.json("status")[0]["front"] == "on"

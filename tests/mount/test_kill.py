@@ -17,13 +17,9 @@ from tests.lib.instance import Instance
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL
 
-pytestmark = pytest.mark.mount
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 
 MIB = 1 << 20
@@ -80,6 +76,7 @@ def test_a_size_that_writing_gave_outlives_the_daemon(mount: Instance) -> None:
     assert read_all(volume) == b"x" * 300_000
 
 
+@pytest.mark.directory("st_blocks says how far fio has got; of a pool it counts stripes of 4 MiB")
 @pytest.mark.parametrize(
     "engine",
     [

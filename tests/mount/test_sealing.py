@@ -17,15 +17,11 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process
 from tests.lib.volumes import SECTOR_BYTES, create, opened, read_all
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 VOLUME_BYTES = 24 << 20
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 def noise(seed: int, size: int) -> bytes:
@@ -71,7 +67,7 @@ def test_the_same_data_is_stored_once(mount: Instance) -> None:
     for name in ("vm1", "vm2"):
         write(create(mount.path / name, VOLUME_BYTES), 0, content)
         seal(mount.path / name, b"live")
-    assert packs_bytes(mount) < 6 << 20
+    assert mount.packed_bytes() < 6 << 20
 
 
 def test_sealing_beside_verified_writes(mount: Instance) -> None:
@@ -182,7 +178,3 @@ def test_a_sparse_file_is_imported(mount: Instance, tmp_path: Path) -> None:
     assert read_all(mount.path / "vm1") == image.read_bytes()
     assert "exists already" in mount.refused("volume-import", image, "--name", "vm1")
     assert "there is no file" in mount.refused("volume-import", tmp_path / "none", "--name", "vm2")
-
-
-def packs_bytes(mount: Instance) -> int:
-    return sum(path.stat().st_size for path in (mount.store / "objects" / "pack").rglob("*") if path.is_file())

@@ -12,13 +12,9 @@ from tests.lib.instance import Instance
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL
 
-pytestmark = pytest.mark.mount
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 
 VOLUME_BYTES = 8 << 20

@@ -24,8 +24,9 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process, mount_type, process_lives
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
 from tests.lib.waiting import threads, wait_until
+from tests.lib.ways import FRONT, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
 
 MIB = 1 << 20
 KILLS = DEATHS_MAX - 1
