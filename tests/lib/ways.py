@@ -1,8 +1,9 @@
 """Which mounts a test runs on: with the front or without it, and whether volumes lie in a directory or in a pool.
 
 A module says ``pytest.mark.ways(FRONT, PLAIN, POOL)``, and each of its tests that uses a mount runs once on each, under
-that name. A test of it that says ``pytest.mark.directory("why")`` leaves out the pool, for the reason given. All that
-runs on a pool is marked ``ceph``. Without the front a pool shows nothing more: no way leads to it past the engine.
+that name. A test of it that says ``pytest.mark.directory("why")`` leaves out the pool, for the reason given; one of
+another module says ``also_on_a_pool``. All that runs on a pool is marked ``ceph``, and has a namespace of its own for
+each instance. A pool without the front would show nothing new: what differs lies below the engine.
 """
 
 from enum import StrEnum
@@ -20,6 +21,8 @@ class Way(StrEnum):
 
 
 FRONT, PLAIN, POOL = Way.FRONT, Way.PLAIN, Way.POOL
+also_on_a_pool = pytest.mark.ways(FRONT, POOL)
+"""For single tests of a module that has the front only, and mostly to do with that."""
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:

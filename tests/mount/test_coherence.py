@@ -154,6 +154,7 @@ def by_command(mount: Instance, volume: Path, to: str) -> None:
     mount.call("volume-rollback", name=volume.name, snapshot=to)
 
 
+@pytest.mark.directory("the page cache is the same over every store")
 def test_a_rollback_of_what_is_in_use_is_refused_and_changes_no_view(mount: Instance) -> None:
     volume = mount.path / "vm1"
     volume.write_bytes(b"x" * SIZE)
@@ -248,6 +249,7 @@ class Counter:
         wait_until(lambda: self.acknowledged >= wanted, f"{writes} more are written")
 
 
+@pytest.mark.directory("the page cache is the same over every store")
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_readers_never_go_back_behind_a_write_that_returned(mount: Instance, front: bool, flags: int) -> None:
     if not front and not flags:
@@ -335,6 +337,7 @@ def sqlite_at(path: Path) -> Iterator[sqlite3.Connection]:
         database.close()
 
 
+@pytest.mark.directory("a database flushes again and again, which takes a pool seconds")
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_a_database_on_a_disk_on_a_volume_stays_whole(mount: Instance, tmp_path: Path, direct: bool) -> None:
     volume = create(mount.path / "vm1", 64 * MIB)
@@ -349,7 +352,7 @@ def test_a_database_on_a_disk_on_a_volume_stays_whole(mount: Instance, tmp_path:
 
 
 @pytest.mark.parametrize("journal", ["delete", "truncate", "persist", "wal"])
-@pytest.mark.directory("thousands of flushes that one journal after another makes take a pool 25 s each")
+@pytest.mark.directory("a database flushes again and again, which takes a pool 25 s a journal")
 def test_a_database_that_is_a_volume_itself_stays_whole(mount: Instance, journal: str) -> None:
     """The write-ahead log is a volume beside it then, and so is its index, which is mapped and shared."""
     path = mount.path / "db"

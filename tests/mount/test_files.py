@@ -166,6 +166,7 @@ def test_rollback_reads_as_the_snapshot_and_keeps_what_it_leaves(mount: Instance
     assert read_all(volume) == new
 
 
+@refused_before_the_store
 def test_rollback_of_an_open_volume_is_busy(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     snapshot(volume, "monday")
@@ -206,6 +207,7 @@ def test_facts_are_read_as_attributes(mount: Instance) -> None:
     wait_until(lambda: fact(volume, "lock") == "", "the lock is given back")
 
 
+@pytest.mark.directory("what a record holds is the same in every store")
 def test_lock_and_unlock_hold_a_volume_that_nobody_has_open(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     snapshot(volume, "monday")
@@ -283,6 +285,7 @@ def test_commands_are_never_listed_so_that_a_copy_does_not_replay_them(mount: In
 # Attributes
 
 
+@pytest.mark.directory("what a record holds is the same in every store")
 def test_owner_mode_times_and_user_attributes_outlive_a_remount(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     os.chmod(volume, 0o640)
@@ -322,6 +325,7 @@ def test_user_attributes_are_created_and_replaced_as_asked(mount: Instance) -> N
     assert sorted(os.listxattr(volume)) == ["user.a", "user.large0", "user.large1"]
 
 
+@pytest.mark.directory("what a record holds is the same in every store")
 def test_writing_sets_the_time_of_change_which_is_kept(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     os.utime(volume, (1000, 1000))
@@ -417,6 +421,7 @@ def test_o_trunc_empties_and_the_shell_can_write_again(mount: Instance) -> None:
     assert read_all(volume) == b"short"
 
 
+@pytest.mark.directory("an appended piece is written as any other")
 def test_dd_appends(mount: Instance, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(150_001))

@@ -19,9 +19,8 @@ from tests.lib.instance import Instance
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all
 from tests.lib.waiting import Task, threads, wait_until
-from tests.lib.ways import FRONT, POOL
 
-pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
+pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 HEADER = Path(__file__).parents[2] / "tools" / "archip-ioctl.h"
@@ -296,7 +295,7 @@ def test_without_the_front_there_are_none(make_instance: MakeInstance) -> None:
 
 def test_a_volume_that_another_node_has_locked_is_refused(make_instance: MakeInstance) -> None:
     first = make_instance().mount()
-    second = make_instance(**first.place).mount()
+    second = make_instance(store=first.store).mount()
     with opened(create(first.path / "vm1", MIB)):
         volume = second.path / "vm1"
         wait_until(volume.exists, "the other node sees the volume")

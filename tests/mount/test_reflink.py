@@ -16,9 +16,8 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import wait_until
-from tests.lib.ways import FRONT, POOL
 
-pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
+pytestmark = pytest.mark.mount
 
 MIB, GIB = 1 << 20, 1 << 30
 COMMAND = [sys.executable, "-m", "archipfs.cli.reflink"]

@@ -20,9 +20,8 @@ from tests.lib.instance import Instance
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
-from tests.lib.ways import FRONT, POOL
 
-pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
+pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 KILLS = int(os.environ.get("ARCHIPFS_RESTART_KILLS", "20"))

@@ -15,9 +15,8 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, create, opened, read_all
 from tests.lib.waiting import threads, wait_until
-from tests.lib.ways import FRONT, POOL
 
-pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
+pytestmark = pytest.mark.mount
 
 VOLUME_BYTES = 8 << 20
 
