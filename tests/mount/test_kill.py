@@ -48,7 +48,7 @@ def test_every_acknowledged_write_outlives_the_daemon(mount: Instance, way: Way,
     volume = create(mount.path / "vm1", VOLUME_BYTES)
     streams = streams_of(VOLUME_BYTES, writers, 40, (SECTOR_BYTES, 512, 3 * SECTOR_BYTES))
     for round_number in (1, 2) if way is POOL else range(4):
-        # In odd rounds the writes go to a fresh head: what it does not hold comes from below.
+        # In odd rounds the writes go to a fresh head: what it does not hold comes from below. The later half flushes.
         if round_number % 2:
             snapshot(volume, f"s{round_number}")
         flush_every = (0, 30)[round_number // 2]
@@ -136,6 +136,7 @@ def test_one_mount_command_heals_the_stale_mount(mount: Instance) -> None:
     assert read_all(volume) == b"here"
 
 
+@pytest.mark.directory("what recovery removes is the same in every store")
 def test_a_removed_volume_that_was_open_at_the_kill_gives_its_space_back(
     make_instance: MakeInstance, front: bool
 ) -> None:

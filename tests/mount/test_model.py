@@ -187,7 +187,6 @@ def test_any_order_of_operations_does_what_a_byte_array_does(mount: Instance, wa
 VOLUME_BYTES = 4 << 20
 THREADS = 4
 ROUNDS = 4
-ROUNDS_ON_A_POOL = 1
 OPERATIONS = 120
 
 
@@ -222,8 +221,9 @@ class Region:
                     os.fsync(descriptor)
 
 
+@pytest.mark.directory("the streams of test_snapshots_under_load are as many threads on a pool, in less time")
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
-def test_threads_beside_each_other_on_several_volumes(mount: Instance, way: Way, flags: int) -> None:
+def test_threads_beside_each_other_on_several_volumes(mount: Instance, flags: int) -> None:
     """Between rounds the volumes are snapshotted and cloned; in the end everything made is compared."""
     volumes = [create(mount.path / f"vm{number}", VOLUME_BYTES) for number in range(2)]
     share = VOLUME_BYTES // THREADS - 1000
@@ -231,7 +231,7 @@ def test_threads_beside_each_other_on_several_volumes(mount: Instance, way: Way,
         Region(path, 777 + thread * share, share, flags, seed=thread) for path in volumes for thread in range(THREADS)
     ]
     expected: dict[Path, bytes] = {}
-    for round_number in range(ROUNDS_ON_A_POOL if way is POOL else ROUNDS):
+    for round_number in range(ROUNDS):
         tasks: list[Task] = [region.work for region in regions]
         with threads(tasks, seconds=60):
             pass
