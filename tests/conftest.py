@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from tests.lib import searching
+from tests.lib import searching, ways
 from tests.lib.ceph import Cluster, cluster
-from tests.lib.instance import Instance, instances
+from tests.lib.instance import Instance, Place, instances
+from tests.lib.ways import Way
 
 settings.load_profile(searching.REPEATABLE)
 
@@ -22,17 +23,36 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture
-def make_instance() -> Iterator[MakeInstance]:
-    """Makes instances that are not mounted yet; arguments as for ``Instance``."""
-    with instances() as make:
-        yield make
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ways.parametrize(metafunc)
 
 
 @pytest.fixture(scope="module")
-def front() -> bool:
-    """Whether mounts have the native front; modules that run both ways have a fixture of their own."""
-    return True
+def way(request: pytest.FixtureRequest) -> Way:
+    """What mounts the test runs on; modules that run on several say so with the marker ``ways``."""
+    return getattr(request, "param", Way.FRONT)
+
+
+@pytest.fixture(scope="module")
+def front(way: Way) -> bool:
+    """Whether mounts have the native front."""
+    return way is not Way.PLAIN
+
+
+@pytest.fixture(scope="module")
+def new_place(way: Way, request: pytest.FixtureRequest) -> Callable[[], Place]:
+    """Where the volumes of one more instance lie: in a directory of its own, or in a namespace of its own in a pool."""
+    if way is not Way.POOL:
+        return dict
+    cluster: Cluster = request.getfixturevalue("ceph_cluster")
+    return lambda: {"rados": cluster.options()}
+
+
+@pytest.fixture
+def make_instance(new_place: Callable[[], Place]) -> Iterator[MakeInstance]:
+    """Makes instances that are not mounted yet; arguments as for ``Instance``."""
+    with instances(new_place) as make:
+        yield make
 
 
 @pytest.fixture
@@ -42,8 +62,8 @@ def mount(make_instance: MakeInstance, front: bool) -> Instance:
 
 
 @pytest.fixture(scope="module")
-def shared_instance(front: bool) -> Iterator[Instance]:
-    with instances() as make:
+def shared_instance(new_place: Callable[[], Place], front: bool) -> Iterator[Instance]:
+    with instances(new_place) as make:
         yield make(front=front).mount()
 
 

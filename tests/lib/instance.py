@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import archipfs
+from archipfs.blockers.contract import Blocker
+from archipfs.blockers.registry import open_blocker
 from archipfs.config import load_config
 from archipfs.daemon.client import connect, connect_daemon
-from archipfs.errors import ArchipError
+from archipfs.errors import ArchipError, ObjectMissing
 from tests.lib.waiting import wait_until
 
 TEMPORARY = Path("/var/tmp")
@@ -31,6 +33,8 @@ TAKE_DOWN_SECONDS = 30.0
 _PACKAGE_PARENT = Path(archipfs.__file__).parents[1]
 
 Completed = subprocess.CompletedProcess[str]
+Place = Mapping[str, Any]
+"""Where volumes lie, as arguments of ``Instance``; none: in a directory of the instance's own."""
 
 
 def mount_type(mountpoint: Path) -> str | None:
@@ -94,7 +98,8 @@ class Instance:
         self.directory = Path(tempfile.mkdtemp(prefix="archipfs-test-", dir=TEMPORARY))
         self.root = self.directory / "root"
         self.path = self.directory / "mnt"
-        self.store = store or self.root / "state" / "store"
+        self._rados = rados
+        self._store = None if rados is not None else store or self.root / "state" / "store"
         self.checked_at_end = True
         """A test that damages its store on purpose says ``False`` here."""
         self._expected: list[re.Pattern[str]] = []
@@ -109,6 +114,27 @@ class Instance:
             except AssertionError:
                 self.remove()  # nobody else knows of it yet
                 raise
+
+    @property
+    def store(self) -> Path:
+        """The directory that its volumes lie in."""
+        assert self._store is not None, "its volumes lie in a pool"
+        return self._store
+
+    @property
+    def place(self) -> Place:
+        """That of another node on the same store."""
+        return {"store": self._store} if self._rados is None else {"rados": self._rados}
+
+    @contextmanager
+    def blocker(self) -> Iterator[Blocker]:
+        """Its store, opened beside the daemon to look into it."""
+        driver = "file" if self._rados is None else "rados"
+        blocker = open_blocker(driver, {"path": str(self._store)} if self._rados is None else self._rados)
+        try:
+            yield blocker
+        finally:
+            blocker.close()
 
     # The command line
 
@@ -253,8 +279,14 @@ class Instance:
         return self.path / name
 
     def stored_bytes(self) -> int:
-        """What all data objects take on the disk under the store."""
-        return sum(path.lstat().st_blocks * 512 for path in (self.store / "data").rglob("*") if path.is_file())
+        """What all data objects take in the store."""
+        with self.blocker() as store:
+            return sum(_allocated(store, key) for kind in ("bitmap", "layer") for key in store.list_data(kind))
+
+    def packed_bytes(self) -> int:
+        """How long all packs are together."""
+        with self.blocker() as store:
+            return sum(len(store.get(key)) for key in store.list("pack"))
 
     def log_lines(self) -> list[str]:
         """What was logged since the test began."""
@@ -351,16 +383,29 @@ def _is_problem(line: str) -> bool:
     return _is_bug(line) or entry.get("level") in ("error", "critical") or "exception" in entry
 
 
+def _allocated(store: Blocker, key: str) -> int:
+    try:
+        data = store.open_data(key, writable=False)
+    except ObjectMissing:
+        return 0  # it went after it was listed
+    try:
+        return data.allocated()
+    finally:
+        data.close()
+
+
 @contextmanager
-def instances() -> Iterator[Callable[..., Instance]]:
+def instances(new_place: Callable[[], Place] = dict) -> Iterator[Callable[..., Instance]]:
     """A function that makes instances, which are not mounted yet; arguments as for ``Instance``.
 
-    Behind the block all of them are unmounted and removed; it fails if a log or a store is not as it should be.
+    ``new_place`` says where the volumes of one lie that is not told where. Behind the block all of them are unmounted
+    and removed; it fails if a log or a store is not as it should be.
     """
     made: list[Instance] = []
 
     def make(**options: Any) -> Instance:
-        made.append(Instance(**options))
+        place = {} if {"store", "rados"} & options.keys() else new_place()
+        made.append(Instance(**place, **options))
         return made[-1]
 
     try:

@@ -17,17 +17,13 @@ from tests.lib.disks import check_file_system, loop_device, make_file_system, mo
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 MIB = 1 << 20
 SIZE = 64 * SECTOR_BYTES
 STEPS = 150
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 @pytest.fixture
@@ -158,6 +154,7 @@ def by_command(mount: Instance, volume: Path, to: str) -> None:
     mount.call("volume-rollback", name=volume.name, snapshot=to)
 
 
+@pytest.mark.directory("the page cache is the same over every store")
 def test_a_rollback_of_what_is_in_use_is_refused_and_changes_no_view(mount: Instance) -> None:
     volume = mount.path / "vm1"
     volume.write_bytes(b"x" * SIZE)
@@ -252,6 +249,7 @@ class Counter:
         wait_until(lambda: self.acknowledged >= wanted, f"{writes} more are written")
 
 
+@pytest.mark.directory("the page cache is the same over every store")
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_readers_never_go_back_behind_a_write_that_returned(mount: Instance, front: bool, flags: int) -> None:
     if not front and not flags:
@@ -263,6 +261,7 @@ def test_readers_never_go_back_behind_a_write_that_returned(mount: Instance, fro
             snapshot(counter.path, f"s{number}")
 
 
+@pytest.mark.directory("it is about the page cache, and writes 1 GiB")
 def test_no_page_is_fetched_behind_the_back_of_a_write_under_way(mount: Instance, front: bool) -> None:
     """If looking at a volume dropped pages whose write is not done yet, a reader would keep the old ones."""
     if not front:
@@ -338,6 +337,7 @@ def sqlite_at(path: Path) -> Iterator[sqlite3.Connection]:
         database.close()
 
 
+@pytest.mark.directory("a database flushes again and again, which takes a pool seconds")
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_a_database_on_a_disk_on_a_volume_stays_whole(mount: Instance, tmp_path: Path, direct: bool) -> None:
     volume = create(mount.path / "vm1", 64 * MIB)
@@ -352,6 +352,7 @@ def test_a_database_on_a_disk_on_a_volume_stays_whole(mount: Instance, tmp_path:
 
 
 @pytest.mark.parametrize("journal", ["delete", "truncate", "persist", "wal"])
+@pytest.mark.directory("a database flushes again and again, which takes a pool 25 s a journal")
 def test_a_database_that_is_a_volume_itself_stays_whole(mount: Instance, journal: str) -> None:
     """The write-ahead log is a volume beside it then, and so is its index, which is mapped and shared."""
     path = mount.path / "db"

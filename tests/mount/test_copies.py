@@ -20,6 +20,7 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import also_on_a_pool
 
 pytestmark = pytest.mark.mount
 
@@ -70,6 +71,7 @@ def cp(*arguments: str | Path) -> None:
 # Clones
 
 
+@also_on_a_pool
 def test_cp_of_a_full_volume_is_a_clone(mount: Instance) -> None:
     volume = mount.path / "vm1"
     content = bytearray(os.urandom(16 * MIB))
@@ -88,6 +90,7 @@ def test_cp_of_a_full_volume_is_a_clone(mount: Instance) -> None:
     assert read_all(volume) == content[:5000] + b"only here" + content[5009:]
 
 
+@also_on_a_pool
 def test_a_copy_of_a_snapshot_is_a_clone(mount: Instance) -> None:
     volume = mount.path / "vm1"
     volume.write_bytes(b"x" * MIB)
@@ -115,6 +118,7 @@ def test_the_target_stays_the_file_it_was(mount: Instance) -> None:
     assert after.st_mtime_ns > before.st_mtime_ns
 
 
+@also_on_a_pool
 def test_a_large_sparse_volume_is_copied_in_pieces_that_share_everything(mount: Instance) -> None:
     size = 9 * GIB + 12345
     source = create(mount.path / "vm1", size)
@@ -454,6 +458,7 @@ while True:
 """
 
 
+@also_on_a_pool
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_copy_that_is_interrupted_leaves_old_and_new_sectors_only(mount: Instance, number: signal.Signals) -> None:
     source, target = mount.path / "vm1", mount.path / "vm2"
@@ -488,6 +493,7 @@ def test_cp_that_is_interrupted_leaves_a_volume_like_any_other(mount: Instance, 
     assert read_all(volume) == b"in use"
 
 
+@also_on_a_pool
 def test_what_was_copied_survives_a_kill_of_the_daemon(mount: Instance) -> None:
     volume = mount.path / "vm1"
     content = os.urandom(2 * MIB)
@@ -503,7 +509,7 @@ def test_what_was_copied_survives_a_kill_of_the_daemon(mount: Instance) -> None:
 
 def test_a_copy_into_a_volume_that_another_node_has_waits_as_a_write_does(make_instance: MakeInstance) -> None:
     first = make_instance().mount()
-    second = make_instance(store=first.store).mount()
+    second = make_instance(**first.place).mount()
     (first.path / "vm1").write_bytes(b"x" * MIB)
     held = create(first.path / "vm2", MIB)
     target = second.path / "vm2"

@@ -15,16 +15,19 @@ from tests.lib.instance import Instance
 from tests.lib.searching import searching
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL, Way
 
-pytestmark = pytest.mark.mount
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 
 SIZE_MAX = 48 * SECTOR_BYTES
+EXAMPLES, EXAMPLES_ON_A_POOL = 20, 5
+
+
+@pytest.fixture
+def mount(shared_mount: Instance) -> Instance:
+    return shared_mount
+
 
 borders = st.integers(0, SIZE_MAX // SECTOR_BYTES).map(lambda sector: sector * SECTOR_BYTES)
 offsets = st.one_of(
@@ -169,11 +172,15 @@ class Model(RuleBasedStateMachine):
             os.unlink(path)
 
 
-def test_any_order_of_operations_does_what_a_byte_array_does(mount: Instance) -> None:
+def test_any_order_of_operations_does_what_a_byte_array_does(mount: Instance, way: Way) -> None:
     Model.mount = mount
     run_state_machine_as_test(
         Model,
-        settings=searching(20, stateful_step_count=40, suppress_health_check=list(HealthCheck)),
+        settings=searching(
+            EXAMPLES_ON_A_POOL if way is POOL else EXAMPLES,
+            stateful_step_count=40,
+            suppress_health_check=list(HealthCheck),
+        ),
     )
 
 
@@ -214,6 +221,7 @@ class Region:
                     os.fsync(descriptor)
 
 
+@pytest.mark.directory("the streams of test_snapshots_under_load are as many threads on a pool, in less time")
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
 def test_threads_beside_each_other_on_several_volumes(mount: Instance, flags: int) -> None:
     """Between rounds the volumes are snapshotted and cloned; in the end everything made is compared."""
@@ -242,6 +250,7 @@ def test_threads_beside_each_other_on_several_volumes(mount: Instance, flags: in
         assert read_all(path, os.O_DIRECT) == wanted, path.name
 
 
+@pytest.mark.directory("what the kernel takes from a listing is the same over every store")
 def test_a_listing_never_makes_a_growing_volume_smaller(mount: Instance) -> None:
     """The kernel takes sizes from a listing: an old one would have O_APPEND write over what is there."""
     volume = create(mount.path / "vm1", 0)
@@ -261,6 +270,7 @@ def test_a_listing_never_makes_a_growing_volume_smaller(mount: Instance) -> None
     assert read_all(volume) == b"".join(lines)
 
 
+@pytest.mark.directory("a pool takes half a minute for it, and deletes layers only a minute later")
 def test_volumes_made_and_removed_at_once_harm_nobody(mount: Instance) -> None:
     """What is removed leaves layers to delete: that must not take those of volumes which are just being made."""
 

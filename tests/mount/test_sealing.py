@@ -17,15 +17,11 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process
 from tests.lib.volumes import SECTOR_BYTES, create, opened, read_all
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL, Way
 
-pytestmark = pytest.mark.mount
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 VOLUME_BYTES = 24 << 20
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 def noise(seed: int, size: int) -> bytes:
@@ -45,7 +41,7 @@ def state(path: Path) -> str:
     return os.getxattr(path, "user.archip.state").decode()
 
 
-def test_a_snapshot_is_sealed_by_its_attribute(mount: Instance) -> None:
+def test_a_snapshot_is_sealed_by_its_attribute(mount: Instance, way: Way) -> None:
     volume = create(mount.path / "vm1", VOLUME_BYTES)
     content = noise(1, 5 << 20)
     write(volume, 1 << 20, content)
@@ -57,7 +53,8 @@ def test_a_snapshot_is_sealed_by_its_attribute(mount: Instance) -> None:
     assert state(snap) == "sealed"
     assert mount.call("volume-info", name="snap")["sealed"]
     assert abs(snap.stat().st_blocks - blocks) < blocks // 10
-    assert mount.stored_bytes() < 1 << 20
+    if way is not POOL:  # which keeps it for a minute, as other nodes may be reading it
+        assert mount.stored_bytes() < 1 << 20
     assert read_all(snap) == expected
     assert read_all(volume) == expected
     seal(volume, b"live")
@@ -71,9 +68,10 @@ def test_the_same_data_is_stored_once(mount: Instance) -> None:
     for name in ("vm1", "vm2"):
         write(create(mount.path / name, VOLUME_BYTES), 0, content)
         seal(mount.path / name, b"live")
-    assert packs_bytes(mount) < 6 << 20
+    assert mount.packed_bytes() < 6 << 20
 
 
+@pytest.mark.directory("the prefixes of test_snapshots_under_load say as much of a pool, in less time")
 def test_sealing_beside_verified_writes(mount: Instance) -> None:
     """fio writes and verifies all the time, and a snapshot is taken and sealed again and again."""
     fio = shutil.which("fio")
@@ -103,6 +101,7 @@ def test_sealing_beside_verified_writes(mount: Instance) -> None:
     assert {snap: hash(read_all(snap)) for snap in contents} == contents
 
 
+@pytest.mark.directory("what is merged into what is the same in every store")
 def test_many_snapshots_sealed_leave_a_chain_of_one(mount: Instance) -> None:
     count = 40
     volume = create(mount.path / "vm1", VOLUME_BYTES)
@@ -158,6 +157,7 @@ def sealer(mount: Instance, name: str) -> Task:
     return task
 
 
+@pytest.mark.directory("when something is sealed does not depend on the store")
 def test_old_snapshots_are_sealed_in_the_background(make_instance: MakeInstance, front: bool) -> None:
     mount = make_instance(front=front)
     (mount.root / "archipfs.toml").write_text("[seal]\nafter = 0.1\nlive_after = 1\n")
@@ -172,6 +172,7 @@ def test_old_snapshots_are_sealed_in_the_background(make_instance: MakeInstance,
     assert read_all(volume) == expected
 
 
+@pytest.mark.directory("what is imported is sealed as everything else")
 def test_a_sparse_file_is_imported(mount: Instance, tmp_path: Path) -> None:
     image = tmp_path / "image"
     with open(image, "wb") as stream:
@@ -182,7 +183,3 @@ def test_a_sparse_file_is_imported(mount: Instance, tmp_path: Path) -> None:
     assert read_all(mount.path / "vm1") == image.read_bytes()
     assert "exists already" in mount.refused("volume-import", image, "--name", "vm1")
     assert "there is no file" in mount.refused("volume-import", tmp_path / "none", "--name", "vm2")
-
-
-def packs_bytes(mount: Instance) -> int:
-    return sum(path.stat().st_size for path in (mount.store / "objects" / "pack").rglob("*") if path.is_file())

@@ -12,21 +12,23 @@ from tests.lib.instance import Instance
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.ways import FRONT, PLAIN, POOL, Way
 
-pytestmark = pytest.mark.mount
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["front", "plain"])
-def front(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, PLAIN, POOL)]
 
 
 VOLUME_BYTES = 8 << 20
 SLOTS = 96
 SNAPSHOTS = 20
+SNAPSHOTS_ON_A_POOL = 5
 WRITES_BETWEEN = 40
 FLUSH_EVERY = 50
 SEALED = 8
+
+
+@pytest.fixture
+def mount(shared_mount: Instance) -> Instance:
+    return shared_mount
 
 
 def writer(path: Path, stream: Stream, flags: int) -> Task:
@@ -60,14 +62,16 @@ def ways(mount: Instance) -> list[Callable[[Path, str], Path]]:
 
 
 @pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
-def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance, flags: int) -> None:
+def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance, way: Way, flags: int) -> None:
     volume = create(mount.path / "vm1", VOLUME_BYTES)
     sizes = (512, SECTOR_BYTES, 3 * SECTOR_BYTES if flags else SECTOR_BYTES)
     streams = streams_of(VOLUME_BYTES, 6, SLOTS, sizes)
     tasks = [task for stream in streams for task in two_writers_in_turn(volume, stream, flags)]
     taken: dict[Path, Bounds] = {}
     with threads(tasks):
-        for number, make in zip(range(SNAPSHOTS), cycle(ways(mount)), strict=False):
+        for number, make in zip(
+            range(SNAPSHOTS_ON_A_POOL if way is POOL else SNAPSHOTS), cycle(ways(mount)), strict=False
+        ):
             wait_for_writes(streams, WRITES_BETWEEN)
             at_least = [stream.acknowledged for stream in streams]
             path = make(volume, f"taken{number}")
@@ -79,6 +83,7 @@ def test_every_snapshot_and_clone_holds_a_prefix_of_every_stream(mount: Instance
     expect(taken, streams)
 
 
+@pytest.mark.directory("which layers a clone has does not depend on the store")
 def test_snapshots_of_snapshotted_clones_under_load(mount: Instance) -> None:
     """Two volumes with a common past are written and snapshotted beside each other: neither shows in the other."""
     first = create(mount.path / "vm1", VOLUME_BYTES)
@@ -104,6 +109,7 @@ def test_snapshots_of_snapshotted_clones_under_load(mount: Instance) -> None:
     expect(taken_apart, apart)
 
 
+@pytest.mark.directory("a pool has no garbage for the first minute, as other nodes may be reading what was removed")
 def test_two_seals_a_collection_and_writers_at_once(mount: Instance) -> None:
     """Snapshots come, are sealed two at a time, and go, so that there is garbage, which is collected all the time."""
     volumes = [create(mount.path / name, VOLUME_BYTES) for name in ("vm1", "vm2")]

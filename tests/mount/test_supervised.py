@@ -24,6 +24,7 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process, mount_type, process_lives
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
 from tests.lib.waiting import threads, wait_until
+from tests.lib.ways import also_on_a_pool
 
 pytestmark = pytest.mark.mount
 
@@ -83,6 +84,7 @@ def logged_pauses(instance: Instance) -> list[float]:
 # Data
 
 
+@also_on_a_pool
 def test_fio_does_not_notice_kills_close_together(supervised: Instance) -> None:
     chance = random.Random(KILLS)
     volume = create(supervised.path / "vm1", 32 * MIB)
@@ -146,6 +148,7 @@ def test_files_that_were_open_stay_so_removed_ones_too(supervised: Instance) -> 
 # Names
 
 
+@also_on_a_pool
 def test_no_operation_is_lost_or_done_twice(supervised: Instance) -> None:
     """Programs that make names while the daemon dies: each call succeeds, once."""
     base = create(supervised.path / "base", MIB)
