@@ -84,7 +84,6 @@ def logged_pauses(instance: Instance) -> list[float]:
 # Data
 
 
-@also_on_a_pool
 def test_fio_does_not_notice_kills_close_together(supervised: Instance) -> None:
     chance = random.Random(KILLS)
     volume = create(supervised.path / "vm1", 32 * MIB)

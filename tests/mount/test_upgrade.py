@@ -9,9 +9,8 @@ import pytest
 from tests.lib.instance import Instance
 from tests.lib.volumes import SECTOR_BYTES, create, opened, snapshot
 from tests.lib.waiting import threads, wait_until
-from tests.lib.ways import FRONT, POOL
 
-pytestmark = [pytest.mark.mount, pytest.mark.ways(FRONT, POOL)]
+pytestmark = pytest.mark.mount
 
 UPGRADES = 2
 SNAPSHOTS_BETWEEN = 3
