@@ -90,6 +90,8 @@ def _gc_sentence(done: Mapping[str, Any]) -> str:
     """What was freed, or would be; and why more was not."""
     kept = ", ".join(f"{count} {why}" for why, count in done["kept"].items())
     tail = f"; kept: {kept}" if kept else ""
+    if done["layers_waiting"]:
+        tail += f"; {done['layers_waiting']} layers wait for a minute, since other nodes may be reading them"
     if not done["packs"]:
         return f"backend {done['backend']}: no garbage{tail}"
     verb = "would free" if done["dry_run"] else "freed"

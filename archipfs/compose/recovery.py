@@ -187,7 +187,8 @@ class Recovery(Volumes):
         return True
 
     def layers_waiting(self, backend: str) -> int:
-        """How many layers of removed volumes are left alone for a minute, since other nodes may be reading them."""
+        """Of how many layers something is to be deleted a minute after it was found to be unused or replaced by a seal,
+        since other nodes may be reading it; as of the last look."""
         return self._layers_waiting.get(backend, 0)
 
     def close_all(self) -> None:

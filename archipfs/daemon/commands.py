@@ -29,6 +29,7 @@ from archipfs.map.records import VolumeRecord
 from archipfs.types import Digest, RequestId
 
 if TYPE_CHECKING:
+    from archipfs.map.gc import Collected
     from archipfs.map.space import Space
 
 log = structlog.get_logger()
@@ -400,23 +401,24 @@ def gc(node: Node, sent: Sent, dry_run: bool = False) -> list[Answer]:
     done: list[Answer] = []
     for name, upkeep in node.upkeep.items():
         collected = upkeep.collect(lambda: sent.progress(0, 0), dry_run=dry_run)
-        if collected is not None:
-            kept = dict(collected.kept)
-            if waiting := node.composer.layers_waiting(name):
-                kept["layers for a minute, since other nodes may be reading them"] = waiting
-            done.append(
-                {
-                    "backend": name,
-                    "packs": collected.packs,
-                    "freed": collected.freed_bytes,
-                    "repacked": collected.repacked,
-                    "copied": collected.copied_bytes,
-                    "needed_again": collected.needed_again,
-                    "kept": kept,
-                    "dry_run": dry_run,
-                }
-            )
+        waiting = node.composer.layers_waiting(name)
+        if collected is not None or waiting:
+            done.append({"backend": name, **_collected(collected), "layers_waiting": waiting, "dry_run": dry_run})
     return done
+
+
+def _collected(collected: "Collected | None") -> Answer:
+    """Of packs; ``None`` where nothing was ever sealed."""
+    if collected is None:
+        return {"packs": 0, "freed": 0, "repacked": 0, "copied": 0, "needed_again": 0, "kept": {}}
+    return {
+        "packs": collected.packs,
+        "freed": collected.freed_bytes,
+        "repacked": collected.repacked,
+        "copied": collected.copied_bytes,
+        "needed_again": collected.needed_again,
+        "kept": dict(collected.kept),
+    }
 
 
 def status(node: Node) -> Answer:

@@ -39,6 +39,7 @@ from archipfs.errors import (
     InvalidInput,
     ObjectDamaged,
     ObjectMissing,
+    ShutOut,
     StoreError,
     StoreUnavailable,
 )
@@ -64,6 +65,10 @@ _HEADS_OF_BYTES = 256 << 20
 """Heads of so many bytes of packs at most: they take a tenth of that where all chunks are of one sector."""
 _HEAD_BYTES_LIKELY = 16 << 10
 """One read is enough then: a pack of 4 MiB with chunks of 32 KiB has a head of 8 KiB."""
+
+
+_SAYS_NOTHING = (StoreUnavailable, ShutOut)
+"""What fails so, fails whatever it is that is asked for."""
 
 
 class Swept(ArchipError):
@@ -172,7 +177,7 @@ class ChunkStore:
         was deleted meanwhile is no error. A store that cannot be reached says nothing about its packs."""
         try:
             return self.index(pack)
-        except StoreUnavailable:
+        except _SAYS_NOTHING:
             raise
         except StoreError as error:
             return error
@@ -224,7 +229,7 @@ class ChunkStore:
         key = pack_key(pack)
         try:
             begin = self.blocker.get(key, 0, _HEAD_BYTES_LIKELY)
-        except (ObjectMissing, StoreUnavailable):
+        except (ObjectMissing, *_SAYS_NOTHING):
             raise
         except StoreError:
             # A disk may have a bad place behind the head.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from archipfs.blockers.file import FileBlocker
 from tests.cli.conftest import Cli
 
 SECTOR = 4096
@@ -61,6 +62,27 @@ def test_gc_gives_back_what_a_removed_volume_left(cli: Cli, root: Path, image: C
     assert cli("gc").out.startswith("backend default: freed ")
     assert packs(root) == []
     assert cli("check").out == "no problems found\n"
+
+
+def test_gc_says_what_waits_for_other_nodes(
+    cli: Cli, vm1: str, root: Path, image: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a pool, whether anything was ever sealed or not."""
+    monkeypatch.setattr(FileBlocker, "keeps_deleted", property(lambda self: False))
+    cli("volume-snapshot", "vm1@a")
+    for name in ("vm1", "vm1@a"):
+        cli("volume-remove", name)
+    waits = "layers wait for a minute, since other nodes may be reading them\n"
+    said = cli("gc").out
+    assert said.startswith("backend default: no garbage; ")
+    assert said.endswith(waits)
+    [done] = cli("gc", "--format", "json").json
+    assert (done["packs"], done["kept"], done["layers_waiting"] > 0) == (0, {}, True)
+    cli("volume-import", image("a", range(300)), "--name", "a")
+    cli("volume-remove", "a")
+    packed = packs(root)
+    assert cli("gc").out.endswith(waits)
+    assert packs(root) == packed, "its map may be being read as well"
 
 
 def test_space_is_told(cli: Cli, image: Callable[..., str]) -> None:

@@ -4,7 +4,6 @@ once."""
 import os
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
 from tests.compose.test_sealed import noise
 from tests.compose.world import World
 from tests.lib.searching import searching
+from tests.lib.waiting import wait_until
 
 STORE = "1" * 32
 BLOCK_BYTES = 65536
@@ -80,10 +80,7 @@ class Rig:
 
     def await_kept(self) -> None:
         """Until what was read is in the files, or was found not to go there."""
-        deadline = time.monotonic() + 10
-        while self.cache.statistics().landed_bytes:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: not self.cache.statistics().landed_bytes, "all that was read is in the files")
 
     def volume(self, number: int) -> EngineVolume:
         """One that is a pack's sectors."""

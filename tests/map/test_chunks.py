@@ -15,7 +15,7 @@ import archipfs.map.cache as cache_module
 from archipfs.blockers.contract import Blocker
 from archipfs.blockers.fault import FaultBlocker, FaultPlan, Moment, SimulatedCrash
 from archipfs.blockers.memory import MemoryBlocker
-from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, StoreError, StoreFull, StoreUnavailable
+from archipfs.errors import InvalidInput, ObjectDamaged, ObjectMissing, ShutOut, StoreError, StoreFull, StoreUnavailable
 from archipfs.map.cache import Cache
 from archipfs.map.catalog import Catalog
 from archipfs.map.chunks import ChunkStore, Location, Session, Swept, pack_key
@@ -411,6 +411,24 @@ def test_a_head_that_a_disk_cannot_read_keeps_no_other_pack_out(nodes: Nodes) ->
     assert reader.damaged_packs.keys() == {bad}
     blocker.bad = set()
     assert reader.read(one) == chunk(1)
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable, ShutOut])
+def test_a_store_that_cannot_be_asked_says_nothing_about_its_packs(
+    nodes: Nodes, blocker: MemoryBlocker, monkeypatch: pytest.MonkeyPatch, error: type[StoreError]
+) -> None:
+    digest = store_all(nodes(blocker), [chunk(1)])[0]
+    reader = nodes(blocker, "other")
+
+    def fail(*_: object) -> None:
+        raise error("not now; try again")
+
+    with monkeypatch.context() as silent:
+        silent.setattr(blocker, "get", fail)
+        with pytest.raises(error):
+            reader.refresh()
+    assert not reader.damaged_packs
+    assert reader.read(digest) == chunk(1)
 
 
 def test_a_chunk_that_a_disk_cannot_read_takes_no_others_of_its_pack_along(nodes: Nodes) -> None:

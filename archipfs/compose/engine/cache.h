@@ -69,6 +69,10 @@ void ae_cache_leave(struct ae_cache *cache, struct ae_cache_entry *entry);
 struct ae_cache_file *ae_cache_file_of(struct ae_cache_entry *entry);
 /* The same; it is opened, or made. NULL: the disk does not let us. */
 struct ae_cache_file *ae_cache_need_file(struct ae_cache *cache, struct ae_cache_entry *entry);
+static inline void ae_cache_count_hit(struct ae_cache_entry *entry) {
+    atomic_fetch_add_explicit(&entry->hits, 1, memory_order_relaxed);
+}
+
 /* Writing to the cache's disk failed: leave it alone for a while. */
 void ae_cache_rest(struct ae_cache *cache);
 bool ae_cache_rests(struct ae_cache *cache);

@@ -30,10 +30,6 @@ static void mark_used(struct ae_cache_entry *entry) {
         atomic_store_explicit(&entry->used, true, memory_order_relaxed);
 }
 
-static void count_hit(struct ae_cache_entry *entry) {
-    atomic_fetch_add_explicit(&entry->hits, 1, memory_order_relaxed);
-}
-
 /* Some of it: `*done` bytes, which may be none yet. */
 static int read_some(struct ae_cached *cached, char *to, size_t length, uint64_t offset, size_t *done) {
     struct ae_cache_file *file = ae_cache_need_file(cached->cache, cached->entry);
@@ -44,17 +40,13 @@ static int read_some(struct ae_cached *cached, char *to, size_t length, uint64_t
             ae_cache_file_lose(file, *done, offset);
             *done = 0;
         } else {
-            count_hit(cached->entry);
+            ae_cache_count_hit(cached->entry);
         }
         ae_cache_file_release(file);
         return 0;
     }
-    struct ae_flight *flight = ae_flight_landed(cached, offset);
-    int result = 0;
-    if (flight != NULL)
-        count_hit(cached->entry);
-    else
-        result = ae_flight_board(cached, file, offset, offset + length, &flight);
+    struct ae_flight *flight;
+    int result = ae_flight_board(cached, file, offset, offset + length, &flight);
     if (flight != NULL) {
         *done = (size_t)smaller(length, flight->offset + flight->length - offset);
         memcpy(to, flight->bytes + (offset - flight->offset), *done);
@@ -119,7 +111,7 @@ static int cached_pread_nowait(void *ctx, void *buffer, size_t length, uint64_t 
     mark_used(cached->entry);
     if (!file_read_nowait(cached, buffer, length, offset) && !landed_read(cached, buffer, length, offset))
         return -EAGAIN;
-    count_hit(cached->entry);
+    ae_cache_count_hit(cached->entry);
     return 0;
 }
 

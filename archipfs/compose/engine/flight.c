@@ -232,6 +232,8 @@ int ae_flight_board(struct ae_cached *cached, const struct ae_cache_file *file, 
             take_off(flight);
         else
             flight->holders++;
+        if (flight->state == AE_FLIGHT_LANDED)
+            ae_cache_count_hit(cached->entry);
     } else if (file == NULL || !ae_cache_file_has(file, block)) {
         flight = flight_make(cached, file, block, (end + AE_BLOCK_BYTES - 1) / AE_BLOCK_BYTES);
         pilot = flight != NULL;
