@@ -331,7 +331,7 @@ def test_from_a_full_pool_everything_can_be_removed(ceph_cluster: Cluster, small
                 return True
             return False
 
-        wait_until(is_full, "the pool is full", 30)
+        wait_until(is_full, "the pool is full")
         for call in (lambda: data.pwrite(0, b"x"), lambda: blocker.create_data("layer/b")):
             with pytest.raises(StoreFull):
                 call()

@@ -73,7 +73,7 @@ class Call:
         return self._thread.is_alive()
 
     def result(self) -> None:
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self.is_under_way
         if self._error is not None:
             raise self._error
@@ -303,7 +303,7 @@ def test_being_shut_out_and_going_on(client: NativeClient, ceph_cluster: Cluster
     blocklist(ceph_cluster, client)
     assert not client.is_shut_out
     calls = [Call(lambda: kept.pwrite(1, b"XY")), Call(lambda: lost.pwrite(0, b"never"))]
-    wait_until(lambda: client.is_shut_out, "the client knows", 10)
+    wait_until(lambda: client.is_shut_out, "the client knows")
     with pytest.raises(ShutOut):
         free.pread(0, 3)
     with pytest.raises(ShutOut):
@@ -343,7 +343,7 @@ def test_an_operation_that_is_not_answered(ceph_cluster: Cluster, ceph_backend: 
             with pytest.raises(StoreUnavailable, match="ceph status"):
                 call.result()
         assert time.monotonic() - begun < 5 * OPERATION_TIMEOUT_S
-    wait_until(lambda: answers(data), "the cluster answers again", 20)
+    wait_until(lambda: answers(data), "the cluster answers again")
     assert data.pread(0, 3) in (b"abc", b"new")
     client.disclaim("lock/a")
     lockers = ceph_cluster.rados("--namespace", ceph_backend["namespace"], "lock", "info", "claim/lock/a", "archipfs")

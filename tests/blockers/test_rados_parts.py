@@ -315,7 +315,7 @@ def test_a_native_client_that_is_closed_outlives_the_calls_that_use_it(
 
     def delete(client: object, key: bytes) -> int:
         inside.set()
-        end.wait(20)
+        end.wait(60)
         return -errno.EIO if closed.is_set() else 0
 
     calls = {"ra_client_open": lambda *_: 0, "ra_data_delete": delete, "ra_client_close": lambda _: closed.set()}
@@ -323,7 +323,7 @@ def test_a_native_client_that_is_closed_outlives_the_calls_that_use_it(
     client = NativeClient(settings)
     deletion = threading.Thread(target=client.delete, args=("layer/a",))
     deletion.start()
-    assert inside.wait(20)
+    assert inside.wait(60)
     client.close()
     was_closed = closed.is_set()
     end.set()

@@ -320,7 +320,7 @@ class _Counted:
 
     def engine_closing(self, volume: VolumeId) -> None:
         for thread in self.inside:
-            thread.join(5.0)
+            thread.join(60)
             self.left_behind |= thread.is_alive()
 
 

@@ -470,14 +470,14 @@ def test_a_recovery_beside_it_leaves_lock_and_live_bitmap_alone(world: TwoStores
         if when == "before it has moved":
             recovering.join()
         else:
-            assert found_hidden.wait(10)
+            assert found_hidden.wait(60)
         return leave(copier, volume)
 
     def look_early(mapper: Mapper, record: VolumeRecord) -> bool:
         hidden = is_hidden(mapper, record)
         if when == "just afterwards" and hidden and threading.current_thread() is recovering and record.name == "vm":
             found_hidden.set()
-            assert has_moved.wait(10)
+            assert has_moved.wait(60)
         return hidden
 
     with pytest.MonkeyPatch.context() as patch:

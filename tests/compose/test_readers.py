@@ -72,7 +72,7 @@ def test_reads_that_come_together_share_an_opening_and_none_that_began_before_th
 
     def open_now() -> EngineVolume:
         begun.release()
-        assert may_open.acquire(timeout=20)
+        assert may_open.acquire(timeout=60)
         made.append(Fake())  # type: ignore[arg-type]
         return made[-1]
 
@@ -86,18 +86,18 @@ def test_reads_that_come_together_share_an_opening_and_none_that_began_before_th
 
     first = threading.Thread(target=read)
     first.start()
-    assert begun.acquire(timeout=20)
+    assert begun.acquire(timeout=60)
     others = [threading.Thread(target=read) for _ in range(8)]
     for thread in others:
         thread.start()
     while len(reader._waiting) < 8:
         threading.Event().wait(0.001)
     may_open.release()
-    first.join(20)
-    assert begun.acquire(timeout=20)
+    first.join(60)
+    assert begun.acquire(timeout=60)
     may_open.release()
     for thread in others:
-        thread.join(20)
+        thread.join(60)
     assert len(made) == 2
     assert sorted(map(id, seen)) == sorted([id(made[0])] + 8 * [id(made[1])])
     assert all(engine.closed for engine in made)  # type: ignore[attr-defined]

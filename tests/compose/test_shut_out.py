@@ -25,7 +25,7 @@ from archipfs.types import SECTOR_BYTES, VolumeId
 from tests.compose.world import World, content_of, fill, pattern
 
 MIB = 1 << 20
-SOON_SECONDS = 20.0
+SOON_SECONDS = 60.0
 WAITS_SECONDS = 0.05
 """Whoever is not done after that waits."""
 

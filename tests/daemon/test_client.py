@@ -48,7 +48,7 @@ def daemon(config: Config, *lives: Serve) -> Iterator[list[dict[str, Any]]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(str(config.run_dir / SOCKET_NAME))
         listening.listen()
-        listening.settimeout(10)
+        listening.settimeout(60)
 
         def serve() -> None:
             for life in lives:
@@ -63,7 +63,7 @@ def daemon(config: Config, *lives: Serve) -> Iterator[list[dict[str, Any]]]:
         try:
             yield came
         finally:
-            thread.join(10)
+            thread.join(60)
 
 
 @pytest.mark.parametrize("death", [hang_up, answer_half])

@@ -70,7 +70,7 @@ class Supervised:
     def ask_for_upgrade(self) -> Callable[[], dict[str, Any]]:
         """The answer can be waited for."""
         asking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        asking.settimeout(40)
+        asking.settimeout(120)
         wait_until((self.directory / SOCKET_NAME).exists, "upgrades can be asked for")
         asking.connect(str(self.directory / SOCKET_NAME))
 
@@ -90,7 +90,7 @@ class Supervised:
         pid = self.process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def ended(self, seconds: float = 10) -> int:
+    def ended(self, seconds: float = 60) -> int:
         return self.process.wait(seconds)
 
     def end(self) -> None:
@@ -206,7 +206,7 @@ def test_a_death_without_anything_stored_is_the_end(supervise: Supervise) -> Non
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
     plan = {"command": ["/nowhere/python"], "mountpoint": str(tmp_path), "run_dir": str(tmp_path), "log": "here"}
     command = [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert json.loads(done.stderr)["command"] == "/nowhere/python"
 
@@ -293,7 +293,7 @@ def test_a_killed_supervisor_leaves_the_daemon_serving(supervise: Supervise) -> 
 def test_the_service_manager_above_is_told(supervise: Supervise) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outer:
         outer.bind("")
-        outer.settimeout(10)
+        outer.settimeout(60)
         supervised = supervise(FIRST, RESUMED, outer="@" + outer.getsockname()[1:].decode())
         assert outer.recv(1024) == b"READY=1\nSTATUS=serving"
         os.kill(supervised.wait_for("ready"), signal.SIGKILL)

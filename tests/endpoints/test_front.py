@@ -36,7 +36,7 @@ def made_ends() -> Iterator[Ends]:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
         for end in (end for pair in pairs for end in pair):
             undo.enter_context(end)
-            end.settimeout(10)
+            end.settimeout(60)
         (kernel, device), (libfuse, ours), (_, upcalls) = pairs
         for end in (device, ours, upcalls):
             end.setblocking(True)
@@ -110,7 +110,7 @@ def test_what_one_front_keeps_of_the_session_the_next_one_goes_on_with(ends: End
             replayed = next_ends.libfuse.recv(REQUEST_BYTES)
             assert replayed[IN_HEADER.size :] == init[IN_HEADER.size :]
             next_ends.libfuse.send(OUT_HEADER.pack(OUT_HEADER.size, 0, 2))
-            assert select.select([front.initialised_fd], [], [], 10)[0]
+            assert select.select([front.initialised_fd], [], [], 60)[0]
             front.serve()
             assert next_ends.kernel.recv(REQUEST_BYTES) == OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
         finally:

@@ -23,7 +23,7 @@ from tests.lib.waiting import wait_until
 CEPH_DEV = Path(__file__).parents[2] / "tools" / "ceph-dev"
 POOL = "archip"
 USER = "archip"
-DOWN_SECONDS = 90.0
+DOWN_SECONDS = 180.0
 
 _LIFE = """
 tool=$1 directory=$2
@@ -60,14 +60,12 @@ class Cluster:
 
     def ceph(self, *arguments: str) -> Any:
         """What the monitor answers to the administrator."""
-        said = run("ceph", "--conf", self.conf, "--connect-timeout", 20, *arguments, "--format", "json")
+        said = run("ceph", "--conf", self.conf, "--connect-timeout", 60, *arguments, "--format", "json")
         return json.loads(said) if said.strip() else None
 
-    def rados(self, *arguments: str, user: str = "admin", seconds: float = 20.0) -> str:
+    def rados(self, *arguments: str, user: str = "admin") -> str:
         """``rados`` in the pool, as that user."""
-        return run(
-            "rados", "--conf", self.conf, "--name", f"client.{user}", "--pool", POOL, *arguments, seconds=seconds
-        )
+        return run("rados", "--conf", self.conf, "--name", f"client.{user}", "--pool", POOL, *arguments)
 
     def daemons(self) -> dict[str, int]:
         """The processes that run, by their names, such as ``osd.0``."""
@@ -98,7 +96,7 @@ class Cluster:
         def clean() -> bool:
             return not set(_states(self.ceph("pg", "stat"))) - {"active+clean"}
 
-        wait_until(clean, "the cluster has recovered", 60)
+        wait_until(clean, "the cluster has recovered")
 
 
 def _states(stat: dict[str, Any]) -> list[str]:

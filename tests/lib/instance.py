@@ -27,8 +27,7 @@ from tests.lib.waiting import wait_until
 
 TEMPORARY = Path("/var/tmp")
 """On a disk: /tmp may be a tmpfs, which has no O_DIRECT and forgets nothing that was not synced."""
-COMMAND_SECONDS = 90.0
-TAKE_DOWN_SECONDS = 30.0
+COMMAND_SECONDS = 120.0
 
 _PACKAGE_PARENT = Path(archipfs.__file__).parents[1]
 
@@ -350,7 +349,7 @@ class Instance:
 
     def _unmount_in_order(self) -> None:
         if self.daemon_pid() is not None:
-            self.archip("umount", seconds=TAKE_DOWN_SECONDS)
+            self.archip("umount")
 
     def _unmount_by_force(self) -> None:
         self.kill_supervisor()
@@ -358,7 +357,7 @@ class Instance:
         if pid is not None:
             kill_process(pid)
         while mount_type(self.path) is not None:
-            subprocess.run(["umount", "-l", self.path], check=True, capture_output=True, timeout=20)
+            subprocess.run(["umount", "-l", self.path], check=True, capture_output=True, timeout=COMMAND_SECONDS)
 
     def environment(self) -> dict[str, str]:
         """That of the processes that belong to it."""

@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-PROGRAM_SECONDS = 60.0
+PROGRAM_SECONDS = 120.0
 
 
 def run(*arguments: str | int | Path, seconds: float = PROGRAM_SECONDS, fine: Sequence[int] = (0,)) -> str:

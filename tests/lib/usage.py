@@ -10,7 +10,6 @@ from pathlib import Path
 from tests.lib.instance import Instance
 from tests.lib.waiting import wait_until
 
-SETTLE_SECONDS = 30.0
 FRONT_THREADS_MAX = 64
 """The front keeps every thread that it ever needed, each with a buffer of a request's size."""
 REQUEST_BYTES = 1 << 20
@@ -48,6 +47,6 @@ def given_back(instance: Instance) -> Iterator[None]:
     yield
     assert instance.daemon_pid() == pid, "this is another daemon"
     try:
-        wait_until(lambda: Usage.of(instance).not_above(before), "the daemon lets go", SETTLE_SECONDS)
+        wait_until(lambda: Usage.of(instance).not_above(before), "the daemon lets go")
     except TimeoutError:
         raise AssertionError(f"held before: {before}; held on to: {Usage.of(instance)}") from None

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 120.0
+"""Only so that nothing waits for ever: ten times what a busy machine with a slow disk takes for anything here."""
 _PAUSE_SECONDS_MAX = 0.1
 
 

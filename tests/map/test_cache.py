@@ -341,7 +341,7 @@ def test_damage_that_two_find_at_once_is_mended_once(tmp_path: Path, monkeypatch
         def cursor(self: cache_module._Txn, database: str) -> object:
             if len(failed) < 2:
                 failed.append(database)
-                both.wait(10)
+                both.wait(60)
                 raise cache_module.lmdb.CorruptedError("made up")
             return real(self, database)
 

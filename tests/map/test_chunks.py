@@ -882,7 +882,7 @@ def test_two_threads_with_the_same_chunk_store_it_once(
     def look(digest: Digest, data: bytes, places: Sequence[Location]) -> object:
         found = real(digest, data, places)
         if next(looks) < 2:
-            looked.wait(10)
+            looked.wait(60)
         return found
 
     monkeypatch.setattr(store, "place_to_rely_on", look)

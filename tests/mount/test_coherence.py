@@ -86,7 +86,7 @@ class Views:
 
     def zero(self, how: str, offset: int, length: int) -> None:
         command = ["fallocate", how, "-o", str(offset), "-l", str(length), self.path]
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
         self.content[offset : offset + length] = bytes(length)
 
     def truncate(self, size: int) -> None:

@@ -229,7 +229,7 @@ def test_data_that_is_left_out_stays_out(mount: Instance, begun: int, hidden: bo
         if hidden:
             fcntl.ioctl(one, SNAPSHOT, encode_name("monday"))
             subprocess.run(
-                ["fallocate", "-p", "-o", str(begun), "-l", str(MIB - begun), source], check=True, timeout=20
+                ["fallocate", "-p", "-o", str(begun), "-l", str(MIB - begun), source], check=True, timeout=60
             )
         assert copy_range(one, other, MIB, MIB, MIB) == MIB
         wanted = b"x" * begun + bytes(MIB - begun) + b"x" * MIB
@@ -258,7 +258,7 @@ def test_what_is_left_out_stays_out_unless_it_was_a_hole(mount: Instance, seed: 
             else:
                 data = bytes(length)
                 punch = ["fallocate", "-p", "-o", str(offset), "-l", str(length), f"/proc/self/fd/{descriptor}"]
-                subprocess.run(punch, check=True, pass_fds=[descriptor], timeout=20)
+                subprocess.run(punch, check=True, pass_fds=[descriptor], timeout=60)
             held[offset : offset + length] = data
 
         for _ in range(dice.randrange(12)):
@@ -469,7 +469,7 @@ def test_a_copy_that_is_interrupted_leaves_old_and_new_sectors_only(mount: Insta
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(number)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
     found = read_all(target)
     assert found[:SECTOR_BYTES] == b"o" * SECTOR_BYTES
     sectors = {found[at : at + SECTOR_BYTES] for at in range(0, len(found), SECTOR_BYTES)}
@@ -487,7 +487,7 @@ def test_cp_that_is_interrupted_leaves_a_volume_like_any_other(mount: Instance, 
     with subprocess.Popen(["cp", "--sparse=never", outside, volume]) as process:
         wait_until(lambda: volume.exists() and volume.stat().st_size > 0, "cp has begun")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == -signal.SIGINT
+        assert process.wait(timeout=60) == -signal.SIGINT
     assert 0 < volume.stat().st_size < 8 * GIB
     volume.write_bytes(b"in use")
     assert read_all(volume) == b"in use"

@@ -18,7 +18,7 @@ from tests.lib.instance import Instance, mount_type, process_lives
 from tests.lib.stream import Stream, streams_of
 from tests.lib.usage import given_back
 from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, snapshot
-from tests.lib.waiting import Task, threads, wait_until
+from tests.lib.waiting import WAIT_SECONDS, Task, threads, wait_until
 from tests.lib.ways import POOL, Way, also_on_a_pool
 
 pytestmark = pytest.mark.mount
@@ -33,7 +33,7 @@ def mount(shared_mount: Instance) -> Instance:
 
 
 def fallocate(path: Path, *arguments: str | int) -> None:
-    subprocess.run(["fallocate", *map(str, arguments), path], check=True, capture_output=True, timeout=20)
+    subprocess.run(["fallocate", *map(str, arguments), path], check=True, capture_output=True, timeout=60)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def test_synchronous_direct_writers_beside_each_other(mount: Instance) -> None:
 
         return task
 
-    with threads([writer(stream) for stream in streams], seconds=60):
+    with threads([writer(stream) for stream in streams]):
         pass
     content = read_all(volume)
     for stream in streams:
@@ -303,7 +303,7 @@ def terminate(instance: Instance) -> None:
 
 
 def detach(instance: Instance) -> None:
-    subprocess.run(["umount", "-l", instance.path], check=True, timeout=20)
+    subprocess.run(["umount", "-l", instance.path], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("end", [terminate, abort, detach])
@@ -316,7 +316,7 @@ def test_it_ends_under_load_without_hanging_and_keeps_what_it_acknowledged(
     pid = instance.daemon_pid()
     assert pid is not None
     with threads(workers(volume, streams)):
-        wait_until(lambda: min(stream.acknowledged for stream in streams) > 50, "all are at work", 60)
+        wait_until(lambda: min(stream.acknowledged for stream in streams) > 50, "all are at work")
         end(instance)
         if end is not detach:
             # A mount that is only detached ends when its last file is closed.
@@ -351,7 +351,7 @@ def test_what_killed_and_interrupted_programs_held_is_given_back(mount: Instance
                 assert running.poll() is None, f"{program} ended by itself"
             finally:
                 running.send_signal(number)
-                running.wait(timeout=30)
+                running.wait(WAIT_SECONDS)
 
     kill_all(signal.SIGKILL)
     wait_until(lambda: fact(volume, "state") == "closed", "all that they had open is closed")

@@ -109,7 +109,7 @@ def run_as_nobody(
         capture_output=True,
         text=True,
         check=False,
-        timeout=20,
+        timeout=60,
     )
 
 
@@ -211,7 +211,7 @@ def test_a_program_in_c_takes_snapshots_and_clones(mount: Instance, tmp_path: Pa
     volume = create(mount.path / "vm1", MIB)
 
     def run(*arguments: str | Path) -> tuple[int, str]:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=20)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60)
         return done.returncode, done.stdout.strip()
 
     assert run("snapshot", volume, "monday") == (0, f"vm1 1 {MIB}")
@@ -282,7 +282,7 @@ def test_tools_that_probe_with_ioctls_go_on(mount: Instance) -> None:
     ):
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     for place in (["-d", mount.path], [volume]):
-        said = subprocess.run(["lsattr", *place], capture_output=True, text=True, check=False, timeout=20).stderr
+        said = subprocess.run(["lsattr", *place], capture_output=True, text=True, check=False, timeout=60).stderr
         assert "not supported" in said or "Inappropriate ioctl" in said
     assert read_all(mount.path / "vm2") == read_all(volume) == (b"\7" * 65536).ljust(MIB, b"\0")
 

@@ -233,7 +233,7 @@ def test_threads_beside_each_other_on_several_volumes(mount: Instance, flags: in
     expected: dict[Path, bytes] = {}
     for round_number in range(ROUNDS):
         tasks: list[Task] = [region.work for region in regions]
-        with threads(tasks, seconds=60):
+        with threads(tasks):
             pass
         for path in volumes:
             content = bytearray(VOLUME_BYTES)
@@ -288,7 +288,7 @@ def test_volumes_made_and_removed_at_once_harm_nobody(mount: Instance) -> None:
 
         return task
 
-    with threads([churn(thread) for thread in range(4)], seconds=60):
+    with threads([churn(thread) for thread in range(4)]):
         pass
     for thread in range(4):
         for number in range(60):

@@ -84,7 +84,7 @@ def test_a_volume_moves_while_it_is_written(mount: Instance) -> None:
     path = create(mount.path / "vm1", SIZE)
     streams = [Stream(1, 0, 1500), Stream(2, 8 * MIB, 400, 8 * SECTOR_BYTES)]
     inode = path.stat().st_ino
-    with threads([writer(stream, path) for stream in streams], seconds=60):
+    with threads([writer(stream, path) for stream in streams]):
         wait_until(lambda: streams[0].issued > 200, "it is being written")
         mount.snapshot("vm1", "vm1@monday")
         for origin, target in (("default", "fast"), ("fast", "default"), ("default", "fast")):
@@ -122,7 +122,7 @@ def test_kills_of_the_daemon_while_a_volume_moves(make_instance: MakeInstance) -
                 continue  # killed again while it was asked once more
             place = target
 
-    with threads([writer(stream, path), mover], seconds=60):
+    with threads([writer(stream, path), mover]):
         wait_until(lambda: stream.issued > 200, "it is being written")
         for _ in range(KILLS):
             time.sleep(chance.uniform(0.2, 0.8))
@@ -144,7 +144,7 @@ def test_from_a_directory_to_ceph_and_back(mount: Instance, ceph_backend: dict[s
     assert mount.archip("backend-create", "ceph", "--driver", "rados", *options).stderr == ""
     path = create(mount.path / "vm1", SIZE)
     stream = Stream(1, 0, 1500)
-    with threads([writer(stream, path)], seconds=60):
+    with threads([writer(stream, path)]):
         wait_until(lambda: stream.issued > 200, "it is being written")
         mount.snapshot("vm1", "vm1@monday")
         mount.archip("volume-seal", "vm1@monday")

@@ -48,7 +48,7 @@ def test_a_node_that_was_cut_off_writes_nothing_when_it_is_back(hosts: list[tupl
                 for _ in range(64):
                     after.write(theirs)
                 after.flush(theirs)
-        wait_until(lambda: _goes_on(beside, other), "the volume that nobody took is written again", 30)
+        wait_until(lambda: _goes_on(beside, other), "the volume that nobody took is written again")
         with pytest.raises(OSError, match="Input/output error") as caught:
             os.pwrite(mine, b"l" * SECTOR_BYTES, 0)
         assert caught.value.errno == errno.EIO

@@ -255,7 +255,7 @@ def test_a_store_that_is_away_when_the_daemon_dies_is_waited_for(make_instance: 
         wait_until(lambda: mount.logged("cannot go on yet"), "the daemon has seen that its store is away")
         assert writer.is_alive(), "a write was answered without a store"
         away.rename(mount.store)
-        writer.join(timeout=20)
+        writer.join(timeout=60)
         assert not writer.is_alive()
         os.fsync(descriptor)
     assert read_all(volume)[: 2 * SECTOR_BYTES] == b"x" * SECTOR_BYTES + b"y" * SECTOR_BYTES
@@ -315,7 +315,7 @@ def expect_pauses(mount: Instance, place: Path, seed: int, kills: int) -> None:
             list_and_look(root, pauses),
             command_line(mount, pauses),
         ]
-        with threads(tasks, seconds=60):
+        with threads(tasks):
             for _ in range(kills):
                 time.sleep(chance.uniform(*GAP_SECONDS))
                 assert all(job.poll() is None for job in jobs), "fio has stopped"

@@ -138,8 +138,8 @@ def test_two_seals_a_collection_and_writers_at_once(mount: Instance) -> None:
 
     writers = [writer(volume, stream, os.O_DIRECT) for volume in volumes for stream in written[volume]]
     with (
-        threads([*writers, collect], seconds=60),
-        threads([take_seal_and_remove(each) for each in volumes], seconds=60),
+        threads([*writers, collect]),
+        threads([take_seal_and_remove(each) for each in volumes]),
     ):
         pass
     assert sum(collected), "there was no garbage"
@@ -154,7 +154,6 @@ def wait_for_writes(streams: list[Stream], count: int) -> None:
     wait_until(
         lambda: all(stream.acknowledged >= least for stream, least in zip(streams, wanted, strict=True)),
         f"every stream has got {count} writes further",
-        seconds=60,
     )
 
 

@@ -165,7 +165,7 @@ def test_no_operation_is_lost_or_done_twice(supervised: Instance) -> None:
             os.rename(supervised.path / f"{name}-clone", supervised.path / f"{name}-moved")
             os.unlink(supervised.path / f"{name}-snap")
 
-    with threads([work], seconds=30):
+    with threads([work]):
         for _ in range(3):
             time.sleep(0.3)
             supervised.wait_for_another_daemon(supervised.kill_daemon())
@@ -186,7 +186,7 @@ def test_commands_wait_for_the_next_daemon_and_are_done_once(supervised: Instanc
             if made % 2:
                 supervised.call("volume-remove", name=f"t{made}")
 
-    with threads([work], seconds=30):
+    with threads([work]):
         for _ in range(3):
             time.sleep(0.3)
             supervised.wait_for_another_daemon(supervised.kill_daemon())
@@ -284,7 +284,7 @@ def test_in_the_foreground_the_supervisor_is_the_process_that_was_started(make_i
         assert instance.json("status")[0]["supervisor_pid"] == process.pid
         create(instance.path / "vm1", MIB)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         assert mount_type(instance.path) is None
     finally:
         process.kill()
@@ -304,7 +304,7 @@ class Manager:
     def __init__(self) -> None:
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.listening.bind("")
-        self.listening.settimeout(30)
+        self.listening.settimeout(60)
         self.stored: dict[str, int] = {}
 
     def start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -368,13 +368,13 @@ def test_systemd_can_play_the_supervisors_part(supervised: Instance) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"begun\n"
         processes[0].kill()
-        processes[0].wait(timeout=30)
+        processes[0].wait(timeout=60)
         processes.append(second := manager.start(command, supervised.environment()))
         manager.wait_for("READY")
-        assert holder.communicate(b"go on\n", timeout=30)[0] == b"heremore"
+        assert holder.communicate(b"go on\n", timeout=60)[0] == b"heremore"
         second.terminate()
         manager.wait_for("STOPPING")
-        assert second.wait(timeout=30) == 0
+        assert second.wait(timeout=60) == 0
         manager.listening.settimeout(0.2)
         with pytest.raises(TimeoutError):
             manager.wait_for("nothing more")

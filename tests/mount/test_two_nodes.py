@@ -110,7 +110,7 @@ def test_a_write_waits_until_the_other_node_has_closed(nodes: tuple[Instance, In
     holds, written = threading.Event(), threading.Event()
 
     def write(stop: threading.Event) -> None:
-        assert holds.wait(10)
+        assert holds.wait(60)
         with opened(second.path / "vm1") as descriptor:
             os.pwrite(descriptor, b"second", SECTOR_BYTES)
             os.fsync(descriptor)
@@ -123,7 +123,7 @@ def test_a_write_waits_until_the_other_node_has_closed(nodes: tuple[Instance, In
             holds.set()
             assert not written.wait(1.0), "it was written under another node's lock"
             os.pwrite(descriptor, b"FIRST!", 0)
-        assert written.wait(10), "the write still waits although the lock is free"
+        assert written.wait(60), "the write still waits although the lock is free"
     closes(second.path / "vm1")
     content = read_all(second.path / "vm1")
     assert (content[:6], content[SECTOR_BYTES : SECTOR_BYTES + 6]) == (b"FIRST!", b"second")
@@ -282,7 +282,7 @@ def ended(jobs: Iterable[subprocess.Popen[str]]) -> Iterator[None]:
     finally:
         for job in jobs:
             job.kill()
-            job.communicate(timeout=20)
+            job.communicate(timeout=60)
 
 
 def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance]) -> None:
@@ -309,7 +309,7 @@ def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance
                 theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)
         finally:
             os.kill(pid, signal.SIGCONT)
-        said, _ = job.communicate(timeout=30)
+        said, _ = job.communicate(timeout=60)
     assert job.returncode != 0, said
     closes(second.path / "vm1")
     theirs.expect_prefix(read_all(second.path / "vm1"), 64, 64)

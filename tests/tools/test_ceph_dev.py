@@ -12,7 +12,7 @@ import pytest
 from tests.lib.ceph import CEPH_DEV, POOL, Cluster, cluster
 from tests.lib.instance import process_lives
 from tests.lib.programs import run
-from tests.lib.waiting import wait_until
+from tests.lib.waiting import WAIT_SECONDS, wait_until
 
 pytestmark = pytest.mark.ceph
 
@@ -105,7 +105,7 @@ def test_what_is_written_while_the_osd_is_stopped_waits_for_it(ceph_cluster: Clu
             with pytest.raises(subprocess.TimeoutExpired):
                 writer.wait(1)
             ceph_cluster.dev("osd-start", 0)
-            assert writer.wait(30) == 0
+            assert writer.wait(WAIT_SECONDS) == 0
     finally:
         ceph_cluster.restore()
     assert get(ceph_cluster, "waiting") == content.read_bytes()
@@ -167,7 +167,7 @@ def test_a_cluster_ends_with_the_process_that_asked_for_it() -> None:
         directory, *pids = process.stdout.readline().split()
         assert all(process_lives(int(pid)) for pid in pids)
         process.send_signal(signal.SIGKILL)
-    wait_until(lambda: not Path(directory).exists(), "the cluster is gone", 30)
+    wait_until(lambda: not Path(directory).exists(), "the cluster is gone")
     assert not any(process_lives(int(pid)) for pid in pids)
 
 
@@ -178,7 +178,7 @@ def client(cluster: Cluster, program: str, user: str) -> tuple[str | Path, ...]:
 def refused(command: str, directory: Path, *arguments: str | int) -> str:
     """Run a command that has to fail, with one line on standard error, which is returned."""
     done = subprocess.run(
-        [CEPH_DEV, command, directory, *map(str, arguments)], capture_output=True, text=True, timeout=60
+        [CEPH_DEV, command, directory, *map(str, arguments)], capture_output=True, text=True, timeout=WAIT_SECONDS
     )
     assert done.returncode == 1, done
     assert len(done.stderr.splitlines()) == 1, done
