@@ -87,6 +87,12 @@ def from_a_child() -> None:
     os.wait()
 
 
+def wait() -> None:
+    """Until a file says so."""
+    while not os.path.exists(f"{EVENTS}.go-on"):
+        time.sleep(0.01)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -108,6 +114,7 @@ STEPS: dict[str, Callable[[], None]] = {
     "die": die,
     "exit 3": lambda: os._exit(3),
     "sleep": lambda: time.sleep(60),
+    "wait": wait,
 }
 
 

@@ -178,7 +178,7 @@ def test_it_ends_with_the_daemon(composer: Composer) -> None:
 
     started = time.monotonic()
     trio.run(live)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60, "at this bandwidth it takes hours"
     assert state(composer) == "frozen"
 
 

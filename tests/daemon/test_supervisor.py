@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.lib.instance import process_lives
 from tests.lib.waiting import wait_until
 
 FAKE = Path(__file__).with_name("fake_daemon.py")
+PAUSE_MS_MAX = 60_000
+"""For a busy machine; in other units, or by another clock, a pause would be far longer."""
 FIRST = ["store", "store lock", "ready", "serve"]
 RESUMED = ["go", "show", "ready", "serve"]
 NEXT = ["standby", "go", "show", "ready", "serve"]
@@ -81,9 +84,16 @@ class Supervised:
 
         return answer
 
+    def go_on(self) -> None:
+        """Have the daemon that waits go on."""
+        self.events_path.with_name(f"{self.events_path.name}.go-on").touch()
+
     def descriptors(self) -> list[str]:
-        links = Path(f"/proc/{self.process.pid}/fd").iterdir()
-        return sorted(os.readlink(link) for link in links)
+        links = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since it was listed
+                links.append(os.readlink(link))
+        return sorted(links)
 
     def children(self) -> list[int]:
         """Zombies too."""
@@ -133,7 +143,7 @@ def test_a_daemon_that_dies_is_started_again_with_what_it_stored(supervise: Supe
         (second, {"device": f"device of {first}", "lock": f"lock of {first}"}),
     ]
     assert supervised.events("open") == [(second, [0, 1, 2, 3, 4])], "it has the two, and nothing else of ours"
-    assert supervised.events("go")[0][1] < 1000
+    assert 0 < supervised.events("go")[0][1] < PAUSE_MS_MAX
     assert supervised.children() == [second], "no zombie is left"
 
 
@@ -313,7 +323,7 @@ def test_an_upgrade_goes_on_with_a_new_daemon(supervise: Supervise) -> None:
     answer = supervised.ask_for_upgrade()()
     new = supervised.wait_for("ready", 2)
     assert (answer["old"], answer["new"]) == (old, new)
-    assert 0 < answer["pause_ms"] < 1000
+    assert 0 < answer["pause_ms"] < PAUSE_MS_MAX
     assert supervised.events("SIGHUP") == [(old, None)]
     assert supervised.events("inherited") == [(new, {"device": f"device of {old}", "lock": f"lock of {old}"})]
     assert not process_lives(old)
@@ -329,9 +339,17 @@ def test_an_upgrade_can_be_asked_for_by_a_signal(supervise: Supervise) -> None:
 
 
 def test_everybody_who_asks_gets_the_answer_of_the_upgrade_under_way(supervise: Supervise) -> None:
-    supervised = supervise(FIRST, NEXT)
+    supervised = supervise(FIRST, ["wait", *NEXT])
     supervised.wait_for("ready")
+
+    def connections() -> int:
+        return sum(link.startswith("socket:") for link in supervised.descriptors())
+
+    wait_until((supervised.directory / SOCKET_NAME).exists, "upgrades can be asked for")
+    before = connections()
     answers = [supervised.ask_for_upgrade() for _ in range(3)]
+    wait_until(lambda: connections() == before + 3, "all have asked")
+    supervised.go_on()
     assert len({json.dumps(answer()) for answer in answers}) == 1
     assert len(supervised.events("started")) == 2
 
@@ -365,7 +383,7 @@ def test_a_new_daemon_that_does_not_get_ready_is_abandoned(
 ) -> None:
     short = tmp_path / "supervisor.py"
     text = Path(supervisor.__file__).read_text()
-    short.write_text(text.replace("STANDBY_SECONDS = 20.0", "STANDBY_SECONDS = 0.3"))
+    short.write_text(text.replace("STANDBY_SECONDS = 20.0", "STANDBY_SECONDS = 3.0"))
     monkeypatch.setattr(supervisor, "__file__", str(short))
     supervised = supervise(FIRST, ["sleep"], NEXT)
     old = supervised.wait_for("ready")
@@ -380,7 +398,7 @@ def test_an_old_daemon_that_does_not_hand_over_is_killed(supervise: Supervise) -
     answer = supervised.ask_for_upgrade()()
     assert supervised.events("SIGHUP") == [(old, None)]
     assert answer["new"] == supervised.wait_for("ready", 2)
-    assert supervisor.HAND_OVER_SECONDS * 1000 <= answer["pause_ms"] < 10_000
+    assert supervisor.HAND_OVER_SECONDS * 1000 <= answer["pause_ms"] < PAUSE_MS_MAX
 
 
 def test_an_old_daemon_that_dies_meanwhile_is_replaced_by_the_new_one(supervise: Supervise) -> None:
