@@ -7,8 +7,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from archipfs.types import SECTOR_BYTES
+from tests.lib.waiting import wait_until
 
-__all__ = ["SECTOR_BYTES", "clone", "command", "create", "fact", "opened", "read_all", "rollback", "snapshot"]
+__all__ = [
+    "SECTOR_BYTES",
+    "clone",
+    "closes",
+    "command",
+    "create",
+    "fact",
+    "opened",
+    "read_all",
+    "rollback",
+    "snapshot",
+]
 
 
 def create(path: Path, size: int) -> Path:
@@ -24,6 +36,14 @@ def command(path: Path, name: str, value: str = "") -> None:
 
 def fact(path: Path, name: str) -> str:
     return os.getxattr(path, f"user.archip.{name}").decode()
+
+
+def closes(path: Path) -> None:
+    """Wait until nobody has the volume open: what it holds is flushed then, and its lock free.
+
+    The kernel tells the daemon of the last close only after close(2) has returned, and then the daemon flushes.
+    """
+    wait_until(lambda: fact(path, "lock") == "", f"nobody holds {path.name}")
 
 
 def snapshot(path: Path, name: str) -> Path:

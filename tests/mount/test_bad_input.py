@@ -14,7 +14,7 @@ import xxhash
 
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, mount_type, process_lives
-from tests.lib.volumes import SECTOR_BYTES, create, fact, opened, read_all, snapshot
+from tests.lib.volumes import SECTOR_BYTES, closes, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import wait_until
 
 pytestmark = pytest.mark.mount
@@ -136,7 +136,7 @@ def damaged(mount: Instance) -> Instance:
     """A mount with two volumes, the record of one of which, ``bad``, has a bit wrong."""
     (mount.path / "good").write_bytes(b"good")
     (mount.path / "bad").write_bytes(b"bad")
-    wait_until(lambda: fact(mount.path / "bad", "lock") == "", "it is closed")
+    closes(mount.path / "bad")
     mount.umount()
     path = record_of(mount, "bad")
     original = path.read_bytes()

@@ -18,7 +18,7 @@ import pytest
 from archipfs.endpoints.fuse.ioctls import SNAPSHOT, encode_name
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance
-from tests.lib.volumes import SECTOR_BYTES, create, fact, opened, read_all, snapshot
+from tests.lib.volumes import SECTOR_BYTES, closes, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import Task, threads, wait_until
 from tests.lib.ways import also_on_a_pool
 
@@ -511,6 +511,7 @@ def test_a_copy_into_a_volume_that_another_node_has_waits_as_a_write_does(make_i
     first = make_instance().mount()
     second = make_instance(**first.place).mount()
     (first.path / "vm1").write_bytes(b"x" * MIB)
+    closes(first.path / "vm1")
     held = create(first.path / "vm2", MIB)
     target = second.path / "vm2"
     wait_until(target.exists, "the other node sees the volume")

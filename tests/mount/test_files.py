@@ -15,7 +15,18 @@ import pytest
 
 from archipfs.blockers.rados.data import STRIPE_BYTES
 from tests.lib.instance import Instance
-from tests.lib.volumes import SECTOR_BYTES, clone, command, create, fact, opened, read_all, rollback, snapshot
+from tests.lib.volumes import (
+    SECTOR_BYTES,
+    clone,
+    closes,
+    command,
+    create,
+    fact,
+    opened,
+    read_all,
+    rollback,
+    snapshot,
+)
 from tests.lib.waiting import wait_until
 from tests.lib.ways import FRONT, PLAIN, POOL, Way
 
@@ -204,13 +215,14 @@ def test_facts_are_read_as_attributes(mount: Instance) -> None:
         assert fact(volume, "state") == "open"
         assert json.loads(fact(volume, "lock"))["holds"] == ["io"]
     wait_until(lambda: fact(volume, "state") == "closed", "the volume is closed again")
-    wait_until(lambda: fact(volume, "lock") == "", "the lock is given back")
+    closes(volume)
 
 
 @pytest.mark.directory("what a record holds is the same in every store")
 def test_lock_and_unlock_hold_a_volume_that_nobody_has_open(mount: Instance) -> None:
     volume = create(mount.path / "vm1", MIB)
     snapshot(volume, "monday")
+    closes(volume)
     command(volume, "lock")
     command(volume, "lock")
     assert json.loads(fact(volume, "lock"))["holds"] == ["locked"]

@@ -17,7 +17,7 @@ from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, mount_type, process_lives
 from tests.lib.stream import Stream, streams_of
 from tests.lib.usage import given_back
-from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, snapshot
+from tests.lib.volumes import SECTOR_BYTES, clone, closes, create, fact, opened, read_all, snapshot
 from tests.lib.waiting import WAIT_SECONDS, Task, threads, wait_until
 from tests.lib.ways import POOL, Way, also_on_a_pool
 
@@ -147,10 +147,10 @@ def test_a_volume_of_another_node_cannot_be_punched_until_it_is_ours(make_instan
     second.mount()
     assert first.json("status")[0]["front"] == "on"
     (first.path / "vm1").write_bytes(b"x" * 8192)
-    wait_until(lambda: fact(first.path / "vm1", "lock") == "", "it is closed")
+    closes(first.path / "vm1")
     with opened(first.path / "vm1"), opened(second.path / "vm1") as foreign, refused(errno.EOPNOTSUPP):
         os.lseek(foreign, 0, os.SEEK_DATA)
-    wait_until(lambda: fact(second.path / "vm1", "lock") == "", "it is closed")
+    closes(second.path / "vm1")
     fallocate(second.path / "vm1", "-p", "-o", 0, "-l", 4096)
     assert read_all(second.path / "vm1") == bytes(4096) + b"x" * 4096
 

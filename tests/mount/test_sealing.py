@@ -48,7 +48,7 @@ def test_a_snapshot_is_sealed_by_its_attribute(mount: Instance, way: Way) -> Non
     snap = mount.snapshot("vm1", "snap")
     expected = read_all(snap)
     blocks = snap.stat().st_blocks
-    assert state(snap) == "frozen"
+    wait_until(lambda: state(snap) == "frozen", "it is closed")
     seal(snap)
     assert state(snap) == "sealed"
     assert mount.call("volume-info", name="snap")["sealed"]
@@ -96,7 +96,7 @@ def test_sealing_beside_verified_writes(mount: Instance) -> None:
     assert process.returncode == 0, out
     assert number > 1
     assert {snap: hash(read_all(snap)) for snap in contents} == contents
-    assert all(state(snap) == "sealed" for snap in contents)
+    wait_until(lambda: all(state(snap) == "sealed" for snap in contents), "they are closed, and sealed")
     mount.remount()
     assert {snap: hash(read_all(snap)) for snap in contents} == contents
 

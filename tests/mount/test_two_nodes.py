@@ -17,15 +17,15 @@ from tests.conftest import MakeInstance
 from tests.lib.ceph import Cluster
 from tests.lib.instance import Instance, instances
 from tests.lib.stream import Stream
-from tests.lib.volumes import SECTOR_BYTES, clone, create, fact, opened, read_all, rollback, snapshot
+from tests.lib.volumes import SECTOR_BYTES, clone, closes, create, fact, opened, read_all, rollback, snapshot
 from tests.lib.waiting import Task, threads, wait_until
 
 pytestmark = pytest.mark.mount
 
 
 MIB = 1 << 20
-CACHED_SECONDS = 3.0
-"""How long a node may believe names and attributes that another one has changed, and some more."""
+CACHED_SECONDS = 30.0
+"""How long a node may believe names and attributes that another one has changed: a second, and more where it is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,6 @@ def expect_errno(number: int, do: Callable[[], object]) -> None:
 def appears(path: Path) -> Path:
     wait_until(path.exists, f"{path.name} is seen on the other node", CACHED_SECONDS)
     return path
-
-
-def closes(path: Path) -> None:
-    wait_until(lambda: fact(path, "lock") == "", f"nobody holds {path.name}")
 
 
 def test_what_one_node_makes_the_other_sees(nodes: tuple[Instance, Instance]) -> None:
