@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -92,8 +93,15 @@ def parse_mount_options(instance: Instance, texts: Sequence[str]) -> MountOption
     return MountOptions(named, front, front if supervised is None else supervised, threads)
 
 
+class MountPoint(click.Path):
+    """A path that is not looked at: where nobody serves a mount, and its device is kept, that waits for us."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
 @click.command("mount")
-@click.argument("mountpoint", metavar="MNT", type=click.Path(path_type=Path))
+@click.argument("mountpoint", metavar="MNT", type=MountPoint())
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, as a service manager wants it.")
 @click.option("-o", "options", metavar="OPTIONS", multiple=True, help=f"Separated by commas: {KNOWN}.")
 @report_options
@@ -120,7 +128,7 @@ def mount(instance: Instance, mountpoint: Path, foreground: bool, options: Seque
 
 
 @click.command("umount")
-@click.argument("mountpoint", metavar="[MNT]", required=False, type=click.Path(path_type=Path))
+@click.argument("mountpoint", metavar="[MNT]", required=False, type=MountPoint())
 @report_options
 @pass_instance
 def umount(instance: Instance, mountpoint: Path | None, report: Report) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from archipfs.daemon.supervisor import DEATHS_MAX
+from archipfs.endpoints.fuse.operations import CACHE_SECONDS
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process, mount_type, process_lives
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
@@ -369,6 +370,7 @@ def test_systemd_can_play_the_supervisors_part(supervised: Instance) -> None:
         assert holder.stdout.readline() == b"begun\n"
         processes[0].kill()
         processes[0].wait(timeout=60)
+        time.sleep(1.5 * CACHE_SECONDS)  # the kernel knows nothing of the mount point any more: who asks it waits
         processes.append(second := manager.start(command, supervised.environment()))
         manager.wait_for("READY")
         assert holder.communicate(b"go on\n", timeout=60)[0] == b"heremore"
@@ -381,7 +383,9 @@ def test_systemd_can_play_the_supervisors_part(supervised: Instance) -> None:
         assert manager.stored == {}, "nothing is kept of a mount that is gone"
         assert mount_type(supervised.path) is None
     finally:
+        # All of them, before any is waited for: one that has a file open waits for whoever has the device.
         manager.close()
         for process in processes:
             process.kill()
+        for process in processes:
             process.wait()
