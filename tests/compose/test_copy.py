@@ -3,10 +3,8 @@
 And flushes by the engine alone: when it may, and when it has to ask.
 """
 
-import fcntl
 import itertools
 import os
-import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -35,9 +33,7 @@ from archipfs.map.mapper import Mapper
 from archipfs.map.records import Kind, VolumeRecord
 from archipfs.types import SECTOR_BYTES, VOLUME_BYTES_MAX
 from tests.compose.world import World, content_of, fill, pattern
-
-XFS_IOC_GOINGDOWN = 0x8004587D
-XFS_GOING_NOLOGFLUSH = 2
+from tests.lib.disks import lose_power
 
 SIZE = 8 * SECTOR_BYTES
 CONTENT = pattern(1, 8)
@@ -526,15 +522,6 @@ def test_shared_blocks_that_were_flushed_survive_power_loss(xfs: Path, tmp_path:
     world.store = FileBlocker(xfs / "store")
     assert content_of(world.recovered(), "other") == bytes(SECTOR_BYTES) + data[SECTOR_BYTES:]
     world.store.close()
-
-
-def lose_power(path: Path) -> None:
-    """What was not flushed is gone. As xfs_io's ``shutdown``, which looks at all mounts first, stuck ones too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.ioctl(descriptor, XFS_IOC_GOINGDOWN, struct.pack("I", XFS_GOING_NOLOGFLUSH))
-    finally:
-        os.close(descriptor)
 
 
 def used_bytes(path: Path) -> int:

@@ -1,5 +1,8 @@
 """Volumes as disks: a loop device over one, and file systems on it."""
 
+import fcntl
+import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ CHECK = {
     "xfs": ("xfs_repair", "-n"),
     "btrfs": ("btrfs", "check", "--readonly"),
 }
+XFS_IOC_GOINGDOWN, XFS_GOING_NOLOGFLUSH = 0x8004587D, 2
 
 
 def make_file_system(kind: str, device: Path) -> None:
@@ -53,3 +57,15 @@ def mounted(device: Path, at: Path, *options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", at], check=False, capture_output=True)
         raise
     run("umount", at)
+
+
+def lose_power(path: Path) -> None:
+    """What was not flushed to the XFS there is gone.
+
+    As xfs_io's ``shutdown`` does it, which looks at every mount of the machine first, also at one that hangs.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, XFS_IOC_GOINGDOWN, struct.pack("I", XFS_GOING_NOLOGFLUSH))
+    finally:
+        os.close(descriptor)

@@ -1,7 +1,7 @@
 """Power loss for real: the store lies on XFS on a loop device, and the file system is shut down under load.
 
-``xfs_io -x -c shutdown`` ends it without writing anything more: what was synced is there afterwards, the rest is gone,
-as after pulling the plug. The daemon is killed, its run directory is deleted as a reboot would do, the file system is
+That ends it without writing anything more: what was synced is there afterwards, the rest is gone, as after pulling the
+plug. The daemon is killed, its run directory is deleted as a reboot would do, the file system is
 mounted anew, its log replayed, and one ``archip mount`` must do. Then every sector holds its old or its new content,
 what a returned fsync covered is new, and what a returned snapshot froze is exactly there.
 """
@@ -19,6 +19,7 @@ import pytest
 
 from archipfs.errors import ArchipError
 from tests.conftest import MakeInstance
+from tests.lib.disks import lose_power
 from tests.lib.instance import Instance, mount_type
 from tests.lib.stream import Stream, streams_of
 from tests.lib.volumes import SECTOR_BYTES, clone, create, opened, read_all, snapshot
@@ -59,7 +60,7 @@ class Disk:
         run("umount", self.path)
 
     def lose_power(self) -> None:
-        run("xfs_io", "-x", "-c", "shutdown", self.path)
+        lose_power(self.path)
 
     def remove(self) -> None:
         while mount_type(self.path) is not None:
