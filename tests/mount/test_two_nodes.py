@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.mount
 
 MIB = 1 << 20
 CACHED_SECONDS = 30.0
-"""How long a node may believe names and attributes that another one has changed: a second, and more where it is busy."""
+"""How long a node may believe names and attributes that another one has changed: a second, more if it is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +271,15 @@ def fio(volume: Path, directory: Path, *options: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
+def writing(*volumes: Path) -> Iterator[None]:
+    """Behind the block all of them have been written to since before it."""
+    before = [volume.stat().st_mtime_ns for volume in volumes]
+    yield
+    for volume, then in zip(volumes, before, strict=True):
+        wait_until(lambda volume=volume, then=then: volume.stat().st_mtime_ns > then, f"{volume.name} is written")  # type: ignore[misc]
+
+
+@contextmanager
 def ended(jobs: Iterable[subprocess.Popen[str]]) -> Iterator[None]:
     try:
         yield
@@ -289,9 +297,9 @@ def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance
     theirs = Stream(2, 0, 64)
     pid = first.daemon_pid()
     assert pid is not None
-    job = fio(volume, first.directory, "--size=1M", "--runtime=30", "--iodepth=8", "--fsync=8", "--rwmixwrite=100")
+    with writing(volume):
+        job = fio(volume, first.directory, "--size=1M", "--runtime=300", "--iodepth=8", "--fsync=8", "--rwmixwrite=100")
     with ended([job]):
-        time.sleep(1.0)
         os.kill(pid, signal.SIGSTOP)
         try:
             second.archip("volume-unlock", "-f", "vm1")
@@ -315,13 +323,14 @@ def test_a_node_that_wakes_up_overwrites_nothing(nodes: tuple[Instance, Instance
 def test_of_three_volumes_one_is_lost_and_the_others_only_pause(pool_nodes: tuple[Instance, Instance]) -> None:
     first, second = pool_nodes
     first.expect_log("fenced|broke|our lock|no more")
-    options = ["--size=16M", "--runtime=5", "--iodepth=8", "--fsync=32", "--verify=crc32c", "--verify_backlog=256"]
+    options = ["--size=16M", "--runtime=8", "--iodepth=8", "--fsync=32", "--verify=crc32c", "--verify_backlog=256"]
     volumes = [create(first.path / name, 16 * MIB) for name in ("vm1", "vm2", "vm3")]
-    jobs = [fio(volume, first.directory, *options) for volume in volumes]
+    jobs: list[subprocess.Popen[str]] = []
     with ended(jobs):
-        time.sleep(2.0)
+        with writing(*volumes):
+            jobs += [fio(volume, first.directory, *options) for volume in volumes]
+        second.call("volume-unlock", name="vm1", force=True)
         assert all(job.poll() is None for job in jobs), "fio does not run"
-        second.archip("volume-unlock", "-f", "vm1")
         said = [job.communicate(timeout=60) for job in jobs]
     assert "Input/output error" in "".join(said[0]), said[0]
     assert [job.returncode for job in jobs[1:]] == [0, 0], said[1:]
