@@ -22,7 +22,7 @@ from archipfs.blockers.contract import Blocker
 from archipfs.blockers.registry import open_blocker
 from archipfs.config import load_config
 from archipfs.daemon.client import connect, connect_daemon
-from archipfs.errors import ArchipError, ObjectMissing
+from archipfs.errors import ArchipError, DaemonError, ObjectMissing
 from tests.lib.waiting import wait_until
 
 TEMPORARY = Path("/var/tmp")
@@ -252,9 +252,13 @@ class Instance:
         return findings
 
     def call(self, command: str, **arguments: Any) -> Any:
-        """Ask the daemon as a command would, without starting one: that is some hundred times faster."""
+        """Ask the daemon as a command would, without starting one: that is some hundred times faster.
+
+        Raises ``DaemonError`` where there is none, and whatever the command ends with.
+        """
         daemon = connect_daemon(load_config(root=self.root))
-        assert daemon is not None, "there is no daemon"
+        if daemon is None:
+            raise DaemonError("there is no daemon")
         with daemon:
             return daemon.call(command, **arguments)
 

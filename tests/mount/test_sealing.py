@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from archipfs.config import load_config
-from archipfs.daemon.client import connect_daemon
+from archipfs.daemon.client import DaemonClient, connect_daemon
 from archipfs.errors import DaemonError
 from tests.conftest import MakeInstance
 from tests.lib.instance import Instance, kill_process
@@ -129,7 +129,9 @@ def test_a_daemon_that_is_killed_while_it_seals(make_instance: MakeInstance, fro
         write(volume, number << 20, noise(number + 2, 1 << 20))
         expected = expected[: number << 20] + noise(number + 2, 1 << 20) + expected[(number + 1) << 20 :]
         mount.snapshot("vm1", f"vm1@{number}")
-        with threads([sealer(mount, f"vm1@{number}")]):
+        daemon = connect_daemon(load_config(root=mount.root))
+        assert daemon is not None
+        with threads([sealer(daemon, f"vm1@{number}")]):
             threading.Event().wait(0.01 + 0.06 * number)
             pid = mount.daemon_pid()
             assert pid is not None
@@ -147,10 +149,8 @@ def test_a_daemon_that_is_killed_while_it_seals(make_instance: MakeInstance, fro
     assert mount.call("volume-info", name="vm1")["layers"] == 2
 
 
-def sealer(mount: Instance, name: str) -> Task:
+def sealer(daemon: DaemonClient, name: str) -> Task:
     def task(stop: threading.Event) -> None:
-        daemon = connect_daemon(load_config(root=mount.root))
-        assert daemon is not None
         with daemon, suppress(DaemonError):
             daemon.call("volume-seal", name=name)
 
