@@ -32,7 +32,7 @@ pytestmark = pytest.mark.mount
 MIB = 1 << 20
 KILLS = DEATHS_MAX - 1
 """As many as a supervisor bears within half a minute."""
-PAUSE_SECONDS_MAX = 10.0
+PAUSE_SECONDS_MAX = 60.0
 """What the tests stand for on a busy machine; the pauses themselves are logged, and far shorter."""
 
 
@@ -82,6 +82,20 @@ def logged_pauses(instance: Instance) -> list[float]:
     return [json.loads(line)["pause_ms"] for line in instance.log_lines() if '"went on"' in line]
 
 
+def wait_for_child(instance: Instance, than: int) -> int:
+    """Until the supervisor has started a daemon that is not process ``than``, which need not have got far; its id."""
+    supervisor = instance.supervisor_pid()
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
+    started: list[int] = []
+
+    def is_started() -> bool:
+        started[:] = [pid for pid in map(int, children.read_text().split()) if pid != than and process_lives(pid)]
+        return bool(started)
+
+    wait_until(is_started, "the next daemon is started")
+    return started[0]
+
+
 # Data
 
 
@@ -90,9 +104,11 @@ def test_fio_does_not_notice_kills_close_together(supervised: Instance) -> None:
     volume = create(supervised.path / "vm1", 32 * MIB)
     pauses = Pauses(create(supervised.path / "probe", SECTOR_BYTES))
     with threads([pauses.task]), fio_verifying(volume, 6):
-        for _ in range(KILLS):
+        for count in range(1, KILLS + 1):
             time.sleep(chance.uniform(0, 0.5))
-            supervised.wait_for_another_daemon(supervised.kill_daemon())
+            supervised.kill_daemon()
+            # It answers before it says so, and not every one that dies has got so far.
+            wait_until(lambda count=count: len(logged_pauses(supervised)) == count, "the next daemon says so")  # type: ignore[misc]
     logged = logged_pauses(supervised)
     print(f"{KILLS} kills: pauses of {min(logged):.0f} to {max(logged):.0f} ms, {pauses.longest_seconds:.3f} s seen")
     assert len(logged) == KILLS
@@ -116,12 +132,13 @@ def test_fio_does_not_notice_an_upgrade(supervised: Instance) -> None:
 def test_a_daemon_that_is_killed_while_it_takes_up_the_mount_is_started_once_more(supervised: Instance) -> None:
     volume = create(supervised.path / "vm1", MIB)
     with opened(volume) as descriptor:
-        supervisor = supervised.supervisor_pid()
+        pid = supervised.daemon_pid()
         for delay in (0.0, 0.2, 0.35):
-            children = Path(f"/proc/{supervisor}/task/{supervisor}/children")
-            wait_until(lambda children=children: children.read_text().strip() != "", "it is started")  # type: ignore[misc]
+            assert pid is not None
+            kill_process(pid)
+            pid = wait_for_child(supervised, pid)
             time.sleep(delay)
-            kill_process(int(children.read_text()))
+        kill_process(pid)
         os.pwrite(descriptor, b"here", 0)
         os.fsync(descriptor)
     assert read_all(volume)[:4] == b"here"
@@ -204,10 +221,11 @@ def test_five_deaths_in_a_row_end_the_mount_with_an_error_and_it_can_be_mounted_
     assert supervisor is not None
     with opened(volume) as descriptor:
         os.pwrite(descriptor, b"here", 0)
-        pid = 0
-        for _ in range(DEATHS_MAX):
-            pid = supervised.wait_for_another_daemon(pid)
-            supervised.kill_daemon()
+        pid = supervised.kill_daemon()
+        for _ in range(DEATHS_MAX - 1):
+            # At once: they have to lie close together on a slow machine too.
+            pid = wait_for_child(supervised, pid)
+            kill_process(pid)
         with pytest.raises(OSError, match=r"not connected|connection abort"):
             os.pwrite(descriptor, b"more", 4)
     wait_until(lambda: not process_lives(supervisor), "the supervisor has ended")
