@@ -24,7 +24,7 @@ from archipfs.types import SECTOR_BYTES, RequestId, VolumeId
 MOVES_MAX = 5
 """How many times in turn a volume may turn out to be in another backend while it is opened."""
 CLOSING_SECONDS = 2.0
-"""How long an operation on an unused volume waits for its last user, who may be closing it just now."""
+"""How long an operation that wants a volume alone waits for its last user, whose close may be on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +349,10 @@ class Volumes:
         opened = self._make_open(found)
         opened.control.acquire()
         with self._table.changed:
-            if not self._table.changed.wait_for(lambda: volume not in self._table.volumes, CLOSING_SECONDS):
-                raise Busy(f"{found.record.name} is open; close it before you {doing} it")
+            while not self._table.changed.wait_for(lambda: volume not in self._table.volumes, CLOSING_SECONDS):
+                if self._table.volumes[volume].uses:
+                    raise Busy(f"{found.record.name} is open; close it before you {doing} it")
+                # It is being closed, and comes to an end with that, however long the last flush takes.
             self._table.volumes[volume] = opened
             self._table.ever_open.add(volume)
             opened.uses += 1

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from archipfs.blockers.fault import Moment
 from archipfs.compose import volumes as volumes_module
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineVolume
+from archipfs.compose.volume import OpenVolume
 from archipfs.errors import (
     AlreadyExists,
     ArchipError,
@@ -367,6 +369,36 @@ def test_what_takes_space_is_the_last_layer(composer: Composer) -> None:
 
 
 # Locks
+
+
+@pytest.mark.parametrize("operation", [lambda one: one.rollback("vm", "snap"), lambda one: one.remove("vm")])
+def test_who_wants_a_closed_volume_alone_waits_for_its_last_flush(
+    composer: Composer, operation: Callable[[Composer], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = composer.open(composer.find("vm"))
+    opened.write(0, pattern(2))
+    closing, may_close = threading.Event(), threading.Event()
+    stop = OpenVolume.stop
+
+    def stop_slowly(volume: OpenVolume) -> None:
+        if volume is opened:
+            closing.set()
+            assert may_close.wait(60)
+        stop(volume)
+
+    monkeypatch.setattr(OpenVolume, "stop", stop_slowly)
+    with ThreadPoolExecutor(2) as threads:
+        released = threads.submit(composer.release, opened)
+        assert closing.wait(60)
+        done = threads.submit(operation, composer)
+        try:
+            with pytest.raises(TimeoutError):
+                done.result(4 * volumes_module.CLOSING_SECONDS)
+        finally:
+            may_close.set()
+        released.result(60)
+        done.result(60)
+    assert composer.open_volumes() == []
 
 
 def test_closing_gives_the_lock_back(world: World, composer: Composer) -> None:
