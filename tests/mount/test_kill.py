@@ -94,8 +94,9 @@ def test_fio_verifies_what_it_wrote_before_the_daemon_was_killed(
     mount: Instance, tmp_path: Path, engine: list[str]
 ) -> None:
     """fio verifies all that it had issued. What it finds missing must not be in its log of completed writes."""
-    volume = create(mount.path / "vm1", 256 * MIB)
-    job = ["fio", "--name=job", f"--filename={volume}", "--size=256M", "--rw=randwrite", "--bs=4k", "--randseed=7"]
+    # Far more than it gets to before it is noticed that it is at it.
+    volume = create(mount.path / "vm1", 1024 * MIB)
+    job = ["fio", "--name=job", f"--filename={volume}", "--size=1G", "--rw=randwrite", "--bs=4k", "--randseed=7"]
     job += ["--verify=crc32c", "--output-format=json", *engine]
     log_options = ["--write_lat_log=job", "--log_offset=1"]
     writing = subprocess.Popen(
