@@ -24,11 +24,11 @@ from tests.lib.waiting import wait_until
 
 pytestmark = pytest.mark.ceph
 
-OPERATION_TIMEOUT_S = 2
+OPERATION_TIMEOUT_S = 4
 
 
-def settings_of(options: dict[str, str], operation_timeout_s: int = 20) -> Settings:
-    return Settings(**options, timeout_s=10, operation_timeout_s=operation_timeout_s)  # type: ignore[arg-type]
+def settings_of(options: dict[str, str], operation_timeout_s: int = 60) -> Settings:
+    return Settings(**options, timeout_s=60, operation_timeout_s=operation_timeout_s)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -218,13 +218,14 @@ def seal_header(header: bytes | bytearray) -> bytes:
 # A writer that is killed
 
 WRITER = """
-import json, random, sys
+import itertools, json, random, sys
 from archipfs.blockers.rados.data import NativeClient
 from archipfs.blockers.rados.settings import Settings
 data = NativeClient(Settings(**json.loads(sys.argv[1]))).open("layer/a", writable=True)
 draw = random.Random(int(sys.argv[2]))
-print("begun", flush=True)
-while True:
+for number in itertools.count():
+    if number == 20:
+        print("begun", flush=True)
     stripe, sector = draw.randrange(64), draw.randrange(4)
     if draw.randrange(8) == 0:
         data.punch(stripe << 22, 1 << 22)
@@ -342,7 +343,7 @@ def test_an_operation_that_is_not_answered(ceph_cluster: Cluster, ceph_backend: 
         for call in calls:
             with pytest.raises(StoreUnavailable, match="ceph status"):
                 call.result()
-        assert time.monotonic() - begun < 5 * OPERATION_TIMEOUT_S
+        assert time.monotonic() - begun < 10 * OPERATION_TIMEOUT_S
     wait_until(lambda: answers(data), "the cluster answers again")
     assert data.pread(0, 3) in (b"abc", b"new")
     client.disclaim("lock/a")
@@ -370,7 +371,7 @@ def test_a_cluster_that_cannot_be_reached(tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(StoreUnavailable, match="does not answer"):
             NativeClient(Settings(pool="archip", conf=str(conf), timeout_s=1))
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60, "librados by itself waits for five minutes"
 
 
 def test_what_is_not_there_is_named(ceph_cluster: Cluster, ceph_backend: dict[str, str], tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from tests.lib.waiting import wait_until
 pytestmark = [pytest.mark.mount, pytest.mark.ceph, pytest.mark.slow]
 
 MIB = 1 << 20
-OPERATION_SECONDS = "4"
+OPERATION_SECONDS = "8"
 
 
 @pytest.fixture
 def hosts() -> Iterator[list[tuple[Host, Instance]]]:
     """Two hosts, each with a node that is mounted, over one pool."""
     with network(2) as (address, found), cluster(address=address) as ceph, instances() as make:
-        options = {**ceph.options(), "operation_timeout": OPERATION_SECONDS, "timeout": "5"}
+        options = {**ceph.options(), "operation_timeout": OPERATION_SECONDS, "timeout": "60"}
         yield [(host, make(rados=options, prefix=host.prefix).mount()) for host in found]
 
 
