@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BOOT_TIMEOUT_S = 120.0
-COMMAND_TIMEOUT_S = 60.0
+BOOT_TIMEOUT_S = 300.0
+COMMAND_TIMEOUT_S = 180.0
 KVM_PROBE_TIMEOUT_S = 5.0
-SHUTDOWN_TIMEOUT_S = 60.0
-MIGRATION_TIMEOUT_S = 120.0
+SHUTDOWN_TIMEOUT_S = 180.0
+MIGRATION_TIMEOUT_S = 300.0
 
 
 class GuestError(Exception):

@@ -27,7 +27,7 @@ def settled_pack_cache(node: Instance) -> dict[str, int]:
     return statistics()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_what_clones_of_an_image_boot_from_is_fetched_once(
     make_instance: MakeInstance, ceph_backend: dict[str, str], tmp_path: Path
 ) -> None:

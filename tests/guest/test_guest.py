@@ -21,7 +21,7 @@ WRITER = """
 done) >/dev/null 2>&1 &
 """
 
-pytestmark = [pytest.mark.mount, pytest.mark.guest, pytest.mark.slow]
+pytestmark = [pytest.mark.mount, pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def holds(node: Instance, volume: Path) -> bool:
     return bool(lock) and json.loads(lock)["node"] == (node.root / "state" / "node-id").read_text().strip()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_guest_moves_to_another_node_and_back_and_is_lost_there_but_for_what_it_has_flushed(
     nodes: list[Instance], image: Image, tmp_path: Path
 ) -> None:
