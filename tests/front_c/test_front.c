@@ -832,6 +832,19 @@ static void *unregister(void *argument) {
     return NULL;
 }
 
+/* Whether a read is served, or goes to libfuse. */
+static bool is_let_in(struct bench *bench, uint64_t unique) {
+    ask_read(bench, unique, 0);
+    struct pollfd polled[2] = {{.fd = bench->kernel, .events = POLLIN}, {.fd = bench->libfuse, .events = POLLIN}};
+    CHECK(poll(polled, 2, LONG_MS) > 0);
+    if (polled[1].revents & POLLIN) {
+        take(bench->libfuse);
+        return false;
+    }
+    expect_read(bench, unique, 'a');
+    return true;
+}
+
 static void test_unregistering_waits_for_those_inside(void) {
     struct bench bench;
     bench_start(&bench, 2);
@@ -841,9 +854,11 @@ static void test_unregistering_waits_for_those_inside(void) {
     await_inside(&bench, 1);
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, unregister, &bench) == 0);
-    usleep(20000);
+    uint64_t unique = 2;
+    while (is_let_in(&bench, unique))
+        unique++;
     /* Nobody is let in any more. */
-    ask_write(&bench, 2, "goes to libfuse");
+    ask_write(&bench, unique + 1, "goes to libfuse");
     take(bench.libfuse);
     CHECK_EQUAL(atomic_load(&bench.volume.inside), 1);
     set_closed(&bench.volume, false);
