@@ -1,5 +1,6 @@
 """A plain user, who is not root: mounts with fusermount3, works, unmounts, and nobody else looks in."""
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.mount
 USER = pwd.getpwnam("nobody").pw_uid
 """fusermount3 wants an account, and that one is everywhere."""
 STRANGER = 61235
+DEVICE = Path("/dev/fuse")
 SECONDS = 60.0
 INTERPRETER = os.path.realpath(sys.executable)
 """Not that of a virtual environment, which may lie in a private directory."""
@@ -43,15 +46,22 @@ def as_user(uid: int, *arguments: str | Path, cwd: Path, **environment: str) -> 
 
 @pytest.fixture(scope="module", autouse=True)
 def device() -> Iterator[None]:
-    """udev gives /dev/fuse to everybody. Where there is no udev, our user gets it for these tests, and nobody else."""
-    if as_user(USER, "test", "-w", "/dev/fuse", cwd=Path("/")).returncode == 0:
+    """udev gives /dev/fuse to everybody. Where there is no udev, our user gets it for these tests, and nobody else.
+
+    Tests of this module may run in several processes: the last one to end takes it away again.
+    """
+    if os.stat(DEVICE).st_mode & stat.S_IWOTH:
         yield
         return
-    run("setfacl", "--modify", f"user:{USER}:rw", "/dev/fuse")
-    try:
-        yield
-    finally:
-        run("setfacl", "--remove-all", "/dev/fuse")
+    with open(DEVICE, "rb") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_SH)
+        run("setfacl", "--modify", f"user:{USER}:rw", DEVICE)
+        try:
+            yield
+        finally:
+            with suppress(BlockingIOError):
+                fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                run("setfacl", "--remove", f"user:{USER}", DEVICE)
 
 
 @pytest.fixture(scope="module")
