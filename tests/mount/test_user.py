@@ -26,7 +26,7 @@ USER = pwd.getpwnam("nobody").pw_uid
 """fusermount3 wants an account, and that one is everywhere."""
 STRANGER = 61235
 DEVICE = Path("/dev/fuse")
-SECONDS = 60.0
+SECONDS = 120.0
 INTERPRETER = os.path.realpath(sys.executable)
 """Not that of a virtual environment, which may lie in a private directory."""
 
