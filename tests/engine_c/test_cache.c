@@ -2,6 +2,7 @@
  * The pack cache: packs that lie far away, read through local files by several threads, which are evicted, deleted,
  * damaged and left behind meanwhile.
  */
+#include "buffers.h"
 #include "check.h"
 #include "world.h"
 
@@ -412,7 +413,8 @@ static void test_what_has_landed_is_read_from_memory_and_is_there_at_the_end(voi
     struct ae_object object = open_pack(&rig, 0);
     char bytes[BLOCK];
     check_read(&rig, 0, object, 3 * BLOCK, 17 * BLOCK + 77);
-    CHECK_EQUAL(statistics_of(&rig).landed_bytes, 17 * BLOCK + 77);
+    /* One of 1 MiB, and one of a block and a bit, which takes two. */
+    CHECK_EQUAL(statistics_of(&rig).landed_bytes, 18 * BLOCK);
     for (uint64_t offset = 3 * BLOCK; offset < 18 * BLOCK; offset += 1111) {
         CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, offset), 0);
         check_bytes(&rig.packs[0], bytes, 1000, offset);
@@ -450,6 +452,47 @@ static void test_no_more_stays_in_memory_than_may(void) {
     rig_end(&rig);
     for (unsigned i = 0; i < PACKS; i++)
         CHECK_EQUAL(rig.packs[i].closed, 1);
+}
+
+static void give(struct ae_buffers *buffers, size_t count, size_t bytes) {
+    char *taken[AE_SPARES_MAX];
+    for (size_t i = 0; i < count; i++)
+        CHECK((taken[i] = ae_buffer_take(buffers, bytes)) != NULL);
+    for (size_t i = 0; i < count; i++)
+        ae_buffer_give(buffers, taken[i], bytes);
+}
+
+static void test_a_buffer_is_used_again_for_another_length(void) {
+    struct ae_buffers buffers;
+    CHECK_EQUAL(ae_buffers_init(&buffers), 0);
+    char *first = ae_buffer_take(&buffers, MIB - 20000);
+    CHECK(first != NULL);
+    memset(first, 1, ae_buffer_room(MIB - 20000));
+    ae_buffer_give(&buffers, first, MIB - 20000);
+    CHECK_EQUAL(buffers.bytes, MIB);
+    char *small = ae_buffer_take(&buffers, 1);
+    CHECK(small != first);
+    CHECK(ae_buffer_take(&buffers, MIB) == first);
+    ae_buffer_give(&buffers, first, MIB);
+    ae_buffer_give(&buffers, small, 1);
+    CHECK_EQUAL(buffers.bytes, MIB + BLOCK);
+    ae_buffers_trim(&buffers);
+    CHECK_EQUAL(buffers.bytes, 0);
+    CHECK_EQUAL(buffers.count, 0);
+    ae_buffers_destroy(&buffers);
+}
+
+static void test_spares_that_nobody_asks_for_go(void) {
+    struct ae_buffers buffers;
+    CHECK_EQUAL(ae_buffers_init(&buffers), 0);
+    give(&buffers, AE_SPARES_MAX, BLOCK);
+    CHECK_EQUAL(buffers.count, AE_SPARES_MAX);
+    give(&buffers, AE_SPARE_BYTES_MAX / MIB + 3, MIB);
+    CHECK_EQUAL(buffers.count, AE_SPARE_BYTES_MAX / MIB);
+    CHECK_EQUAL(buffers.bytes, AE_SPARE_BYTES_MAX);
+    for (size_t i = 0; i < buffers.count; i++)
+        CHECK_EQUAL(buffers.spares[i].bytes, MIB);
+    ae_buffers_destroy(&buffers);
 }
 
 static void test_a_file_that_is_no_packs_is_made_anew(void) {
@@ -876,6 +919,8 @@ int main(void) {
         {"the next process", test_the_next_process_finds_it},
         {"what has landed", test_what_has_landed_is_read_from_memory_and_is_there_at_the_end},
         {"what may stay in memory", test_no_more_stays_in_memory_than_may},
+        {"buffers", test_a_buffer_is_used_again_for_another_length},
+        {"buffers that nobody asks for", test_spares_that_nobody_asks_for_go},
         {"blocks that are not right", test_blocks_that_are_not_right_are_fetched_anew},
         {"files that are not right", test_a_file_that_is_no_packs_is_made_anew},
         {"a file that is cut", test_a_file_that_is_cut_under_us_is_no_loss},
