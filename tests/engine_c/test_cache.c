@@ -413,7 +413,7 @@ static void test_what_has_landed_is_read_from_memory_and_is_there_at_the_end(voi
     struct ae_object object = open_pack(&rig, 0);
     char bytes[BLOCK];
     check_read(&rig, 0, object, 3 * BLOCK, 17 * BLOCK + 77);
-    /* One of 1 MiB, and one of a block and a bit, which takes two. */
+    /* One of 17 blocks, and one of a bit, which takes a block. */
     CHECK_EQUAL(statistics_of(&rig).landed_bytes, 18 * BLOCK);
     for (uint64_t offset = 3 * BLOCK; offset < 18 * BLOCK; offset += 1111) {
         CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, offset), 0);
@@ -421,8 +421,8 @@ static void test_what_has_landed_is_read_from_memory_and_is_there_at_the_end(voi
     }
     /* One that has not come, and one that lies in two flights. */
     CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, 3 * BLOCK - 1), -EAGAIN);
-    CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 1000, 19 * BLOCK - 1), -EAGAIN);
-    check_read(&rig, 0, object, 19 * BLOCK - 1, 1000);
+    CHECK_EQUAL(object.ops->pread_nowait(object.ctx, bytes, 177, 20 * BLOCK - 100), -EAGAIN);
+    check_read(&rig, 0, object, 20 * BLOCK - 100, 177);
     CHECK_EQUAL(rig.packs[0].reads, 2);
     close_object(object);
     rig_restart(&rig, UINT64_MAX);
@@ -465,17 +465,17 @@ static void give(struct ae_buffers *buffers, size_t count, size_t bytes) {
 static void test_a_buffer_is_used_again_for_another_length(void) {
     struct ae_buffers buffers;
     CHECK_EQUAL(ae_buffers_init(&buffers), 0);
-    char *first = ae_buffer_take(&buffers, MIB - 20000);
+    char *first = ae_buffer_take(&buffers, AE_BUFFER_BYTES_MAX - 20000);
     CHECK(first != NULL);
-    memset(first, 1, ae_buffer_room(MIB - 20000));
-    ae_buffer_give(&buffers, first, MIB - 20000);
-    CHECK_EQUAL(buffers.bytes, MIB);
+    memset(first, 1, ae_buffer_room(AE_BUFFER_BYTES_MAX - 20000));
+    ae_buffer_give(&buffers, first, AE_BUFFER_BYTES_MAX - 20000);
+    CHECK_EQUAL(buffers.bytes, AE_BUFFER_BYTES_MAX);
     char *small = ae_buffer_take(&buffers, 1);
     CHECK(small != first);
-    CHECK(ae_buffer_take(&buffers, MIB) == first);
-    ae_buffer_give(&buffers, first, MIB);
+    CHECK(ae_buffer_take(&buffers, AE_BUFFER_BYTES_MAX) == first);
+    ae_buffer_give(&buffers, first, AE_BUFFER_BYTES_MAX);
     ae_buffer_give(&buffers, small, 1);
-    CHECK_EQUAL(buffers.bytes, MIB + BLOCK);
+    CHECK_EQUAL(buffers.bytes, AE_BUFFER_BYTES_MAX + BLOCK);
     ae_buffers_trim(&buffers);
     CHECK_EQUAL(buffers.bytes, 0);
     CHECK_EQUAL(buffers.count, 0);
@@ -487,11 +487,12 @@ static void test_spares_that_nobody_asks_for_go(void) {
     CHECK_EQUAL(ae_buffers_init(&buffers), 0);
     give(&buffers, AE_SPARES_MAX, BLOCK);
     CHECK_EQUAL(buffers.count, AE_SPARES_MAX);
-    give(&buffers, AE_SPARE_BYTES_MAX / MIB + 3, MIB);
-    CHECK_EQUAL(buffers.count, AE_SPARE_BYTES_MAX / MIB);
-    CHECK_EQUAL(buffers.bytes, AE_SPARE_BYTES_MAX);
+    size_t most = AE_SPARE_BYTES_MAX / AE_BUFFER_BYTES_MAX;
+    give(&buffers, most + 3, AE_BUFFER_BYTES_MAX);
+    CHECK_EQUAL(buffers.count, most);
+    CHECK(buffers.bytes <= AE_SPARE_BYTES_MAX);
     for (size_t i = 0; i < buffers.count; i++)
-        CHECK_EQUAL(buffers.spares[i].bytes, MIB);
+        CHECK_EQUAL(buffers.spares[i].bytes, AE_BUFFER_BYTES_MAX);
     ae_buffers_destroy(&buffers);
 }
 

@@ -44,7 +44,7 @@ size_t ae_buffer_room(size_t bytes) {
     size_t room = AE_BUFFER_BYTES_MIN;
     while (room < bytes)
         room *= 2;
-    return room;
+    return room <= AE_BUFFER_BYTES_MAX / 2 ? room : AE_BUFFER_BYTES_MAX;
 }
 
 char *ae_buffer_take(struct ae_buffers *buffers, size_t bytes) {

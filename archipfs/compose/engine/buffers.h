@@ -14,7 +14,7 @@
 #include <stddef.h>
 
 #define AE_BUFFER_BYTES_MIN ((size_t)64 << 10)
-#define AE_BUFFER_BYTES_MAX ((size_t)1 << 20)
+#define AE_BUFFER_BYTES_MAX ((size_t)17 << 16)
 #define AE_SPARES_MAX 64u
 #define AE_SPARE_BYTES_MAX ((size_t)16 << 20)
 
@@ -32,7 +32,7 @@ struct ae_buffers {
 int ae_buffers_init(struct ae_buffers *buffers);
 void ae_buffers_destroy(struct ae_buffers *buffers);
 
-/* What a buffer for so many bytes takes, which is at most AE_BUFFER_BYTES_MAX: a power of two of them. */
+/* What a buffer for so many bytes takes, up to AE_BUFFER_BYTES_MAX: that many, or a power of two if half will do. */
 size_t ae_buffer_room(size_t bytes);
 /* With so much room, aligned to a page, with any content. NULL: there is no memory. */
 char *ae_buffer_take(struct ae_buffers *buffers, size_t bytes);

@@ -12,6 +12,7 @@
 
 #define FETCHERS 8u
 #define KEEPERS 2u
+/* 1 MiB, and a block more: packs of 4 MiB are a bit longer than that, and would take five flights instead of four. */
 #define FLIGHT_BLOCKS (AE_BUFFER_BYTES_MAX / AE_BLOCK_BYTES)
 #define QUEUED_MAX 64u
 /* So much of what has landed may stay in memory, for somebody who is about to come; and so much at most. */
