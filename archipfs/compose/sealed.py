@@ -13,10 +13,12 @@ import hashlib
 import struct
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
@@ -25,7 +27,7 @@ from archipfs.compose.engine import PACK_DAMAGED, CacheStatistics, EngineLayer, 
 from archipfs.compose.engine.extents import EXTENT
 from archipfs.compose.object_cache import ObjectCache
 from archipfs.compose.pack_cache import PackCache
-from archipfs.errors import NotSupported, ObjectDamaged, ObjectMissing, StoreError
+from archipfs.errors import ArchipError, NotSupported, ObjectDamaged, ObjectMissing, StoreError
 from archipfs.map.cache import Cache
 from archipfs.map.chunks import PACK_KIND, ChunkStore, Progress
 from archipfs.map.hashes import content_hash
@@ -45,6 +47,9 @@ PACKS_OPENED_MAX = 16384
 LOG_SECONDS = 2.0
 NODES_KEPT = 32
 """How many runs of 256 regions a layer remembers the leaves of."""
+AHEAD_REGIONS = 8
+"""So many are resolved ahead of whoever asks for one after the other, where packs lie far away."""
+AHEAD_THREADS = 4
 CHUNK_BYTES_MAX = CHUNK_SECTORS_MAX * SECTOR_BYTES
 UNPACKED_BYTES = (1 << 32) * CHUNK_BYTES_MAX
 """Whatever a pack's unpacked view may reach to: places in a pack are 32 bits."""
@@ -55,6 +60,8 @@ _PACK = struct.Struct("<?32s")
 """Whether it is the unpacked view, and the pack's id."""
 
 _PackName = tuple[bool, PackId]
+_Places = tuple[bytes, Sequence[EnginePack]]
+"""The extents of a region, packed, and the packs that they name by their place in the list."""
 
 
 class Shared:
@@ -125,6 +132,11 @@ class SealedStore:
         self._chunks: ChunkStore | None = None
         self._packs: OrderedDict[_PackName, EnginePack] = OrderedDict()
         self._opened = 0
+        self._far = False
+        """A pack was opened that is read through the pack cache."""
+        self._ahead: ThreadPoolExecutor | None = None
+        self._forgotten = 0
+        """How often all was to be found anew."""
 
     @property
     def chunks(self) -> ChunkStore:
@@ -171,11 +183,16 @@ class SealedStore:
     def forget(self, packs: Iterable[PackId]) -> None:
         """Packs were deleted, or damaged ones were mended: find everything anew."""
         self.chunks.forget(packs)
+        self._forgotten += 1
         self._shared.table.forget()
         self._drop_packs()
 
     def close(self) -> None:
         """When no layer is open any more."""
+        with self._mutex:
+            ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.shutdown(cancel_futures=True)
         self._drop_packs()
         with self._mutex:
             if self._cache is not None:
@@ -184,15 +201,38 @@ class SealedStore:
 
     # For the resolvers
 
-    def region(self, leaf: Digest) -> tuple[bytes, Sequence[EnginePack]]:
-        """The extents of a leaf page, and the packs that they name by their place in the list."""
+    def region_ahead(self, leaf: Digest) -> "_Awaited | None":
+        """``region``, by another thread. ``None`` where that takes too little time to be worth it."""
+        with self._mutex:
+            if not self._far:
+                return None
+            if self._ahead is None:
+                self._ahead = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="regions-ahead")
+            return _Awaited(self._forgotten, self._ahead.submit(self.region, leaf))
+
+    def await_region(self, awaited: "_Awaited") -> _Places | None:
+        """What ``region_ahead`` was asked for; ``None`` if ``region`` is to be called instead: nobody has begun yet, or
+        it was found, or failed, before something changed."""
+        if awaited.future.cancel():
+            return None
+        was_done = awaited.future.done()
+        try:
+            found = awaited.future.result()
+        except (ArchipError, CancelledError):
+            # Whoever waited for it is told: the next attempt would have him wait as long again.
+            if was_done or awaited.future.cancelled():
+                return None
+            raise
+        return found if awaited.forgotten == self._forgotten else None
+
+    def region(self, leaf: Digest) -> _Places:
         known = self.chunks.region_get(leaf)
         with suppress(ObjectMissing, ObjectDamaged):
             return self._opened_region(self._resolve(leaf) if known is None else known)
         self.chunks.refresh()  # collected by another node: the chunks lie elsewhere now
         return self._opened_region(self._resolve(leaf), beside_damage=True)
 
-    def _opened_region(self, blob: bytes, *, beside_damage: bool = False) -> tuple[bytes, Sequence[EnginePack]]:
+    def _opened_region(self, blob: bytes, *, beside_damage: bool = False) -> _Places:
         """``beside_damage``: what lies in packs that cannot be used is damaged, and the rest can be read."""
         count, _ = _COUNTS.unpack_from(blob)
         extents = blob[_COUNTS.size + count * _PACK.size :]
@@ -251,6 +291,7 @@ class SealedStore:
         else:
             data = self.chunks.open_pack(pack)
             if data.fileno() is None:
+                self._far = True
                 opened = self._shared.packs.open(self._mapper.store.id, pack, data)
             else:
                 opened = EnginePack(pack, data, data.size())
@@ -304,21 +345,59 @@ def _log_progress(backend: str) -> Progress:
     return progress
 
 
+class _Awaited(NamedTuple):
+    """A region that is being resolved by another thread, since that many times all was to be found anew."""
+
+    forgotten: int
+    future: Future[_Places]
+
+
 class _Resolver:
-    """Where the regions of one map lie; the engine asks for one at a time, from any thread."""
+    """Where the regions of one map lie; the engine asks for one at a time, from any thread.
+
+    To find out takes two journeys to where packs lie far away: for the page, and for each pack that is opened. Behind
+    the reads of a sequential reader that is longer than fetching the region. So who asks for the one behind two others
+    has those behind it resolved too, by threads of the store's.
+    """
 
     def __init__(self, store: SealedStore, root: Digest) -> None:
         self._store = store
         self._tree = Tree(store.chunks.page, root)
         self._mutex = threading.Lock()
         self._runs: OrderedDict[int, dict[int, Digest]] = OrderedDict()
+        self._asked: deque[int] = deque(maxlen=AHEAD_REGIONS)
+        self._ahead: OrderedDict[int, _Awaited] = OrderedDict()
 
     def __call__(self, region: int) -> Region:
-        leaf = self._run_of(region).get(region)
+        run = self._run_of(region)
+        leaf = run.get(region)
         if leaf is None:
             return Region(region, self._next_from(region), b"", ())
-        extents, packs = self._store.region(leaf)
+        awaited = self._look_ahead(region, run)
+        found = self._store.await_region(awaited) if awaited is not None else None
+        extents, packs = self._store.region(leaf) if found is None else found
         return Region(region, region + 1, extents, packs)
+
+    def _look_ahead(self, region: int, run: dict[int, Digest]) -> _Awaited | None:
+        """Have the following ones resolved. Returns the one that is asked for, if somebody has looked ahead to it."""
+        with self._mutex:
+            awaited = self._ahead.pop(region, None)
+            if region - 1 in self._asked and region - 2 in self._asked:
+                self._resolve_behind(region, run)
+            self._asked.append(region)
+        return awaited
+
+    def _resolve_behind(self, region: int, run: dict[int, Digest]) -> None:
+        for following in range(region + 1, region + 1 + AHEAD_REGIONS):
+            if following in self._ahead or following in self._asked or following not in run:
+                continue
+            begun = self._store.region_ahead(run[following])
+            if begun is None:
+                return
+            self._ahead[following] = begun
+        while len(self._ahead) > 2 * AHEAD_REGIONS:
+            _, unwanted = self._ahead.popitem(last=False)
+            unwanted.future.cancel()
 
     def _run_of(self, region: int) -> dict[int, Digest]:
         """The leaves of the 256 regions around, in order: what one page above the leaves says."""

@@ -4,7 +4,8 @@ once."""
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from archipfs.blockers.memory import MemoryBlocker
 from archipfs.compose.composer import Composer
 from archipfs.compose.engine import EngineLayer, EngineVolume, ExtentTable, Region
 from archipfs.compose.pack_cache import PackCache
-from archipfs.compose.sealed import Shared
+from archipfs.compose.sealed import SealedStore, Shared
+from archipfs.compose.volume import OpenVolume
 from archipfs.errors import StoreError, StoreUnavailable
-from archipfs.types import REGION_BYTES, SECTOR_BYTES, PackId
+from archipfs.types import REGION_BYTES, SECTOR_BYTES, Digest, PackId
 from tests.compose.test_sealed import noise
 from tests.compose.world import World
 from tests.lib.searching import searching
@@ -269,3 +271,80 @@ def test_a_golden_image_cloned_a_hundred_times_is_fetched_once(world: World) -> 
 
 def shared_of(composer: Composer) -> Shared:
     return composer.sealed_store(composer.mapper())._shared
+
+
+LONG = noise(2, 6 * REGION_BYTES // SECTOR_BYTES)
+
+
+class Resolving:
+    """A sealed image of six regions, read by a node that has never seen it, and who resolved which of them."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        maker = world.composer()
+        maker.create("long", len(LONG))
+        with maker.using(maker.find("long")) as opened:
+            opened.write(0, LONG)
+        maker.snapshot("long", "image")
+        maker.seal("image")
+        maker.close_all()
+        self.node = world.composer(host="two")
+        self.calls: list[tuple[Digest, bool]] = []
+        """Leaf, and whether it was ahead of a reader."""
+        self.fails_ahead = False
+        plain = SealedStore.region
+
+        def region(store: SealedStore, leaf: Digest) -> object:
+            ahead = threading.current_thread().name.startswith("regions-ahead")
+            self.calls.append((leaf, ahead))
+            if ahead and self.fails_ahead:
+                raise StoreUnavailable("the cluster does not answer; try again")
+            return plain(store, leaf)
+
+        monkeypatch.setattr(SealedStore, "region", region)
+
+    def read(self, opened: OpenVolume, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            assert opened.read(number * REGION_BYTES, 5000) == LONG[number * REGION_BYTES :][:5000]
+
+    def read_three(self, opened: OpenVolume) -> None:
+        """From the beginning, until the others were looked for."""
+        self.read(opened, range(3))
+        wait_until(lambda: len(self.calls) == 6, "what follows is resolved ahead")
+        assert sorted(ahead for _, ahead in self.calls) == [False] * 3 + [True] * 3
+
+
+@pytest.fixture
+def resolving(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolving]:
+    resolving = Resolving(world, monkeypatch)
+    yield resolving
+    resolving.node.close_all()
+
+
+def test_who_reads_on_finds_regions_resolved(resolving: Resolving) -> None:
+    with resolving.node.using(resolving.node.find("image")) as opened:
+        resolving.read_three(opened)
+        resolving.read(opened, range(6))
+    assert len({leaf for leaf, _ in resolving.calls}) == len(resolving.calls) == 6
+
+
+def test_nothing_is_resolved_ahead_of_who_reads_here_and_there(resolving: Resolving) -> None:
+    with resolving.node.using(resolving.node.find("image")) as opened:
+        resolving.read(opened, [5, 0, 3, 1, 4, 2])
+    assert [ahead for _, ahead in resolving.calls] == [False] * 6
+
+
+def test_what_was_resolved_before_all_changed_counts_no_more(resolving: Resolving) -> None:
+    node = resolving.node
+    with node.using(node.find("image")) as opened:
+        resolving.read_three(opened)
+        node.sealed_store(node.mapper()).forget([])
+        resolving.calls.clear()
+        resolving.read(opened, [5])
+    assert [ahead for _, ahead in resolving.calls] == [False]
+
+
+def test_what_failed_ahead_is_tried_again(resolving: Resolving) -> None:
+    resolving.fails_ahead = True
+    with resolving.node.using(resolving.node.find("image")) as opened:
+        resolving.read_three(opened)
+        resolving.read(opened, range(3, 6))

@@ -12,7 +12,8 @@
 
 #define FETCHERS 8u
 #define KEEPERS 2u
-#define FLIGHT_BLOCKS 16u
+/* 1 MiB, and a block more: packs of 4 MiB are a bit longer than that, and would take five flights instead of four. */
+#define FLIGHT_BLOCKS (AE_BUFFER_BYTES_MAX / AE_BLOCK_BYTES)
 #define QUEUED_MAX 64u
 /* So much of what has landed may stay in memory, for somebody who is about to come; and so much at most. */
 #define LANDED_BYTES_REST ((size_t)16 << 20)
@@ -41,10 +42,6 @@ static void dequeue(struct ae_flight_queue *queue, struct ae_flight *flight) {
     if (flight->queue_next == NULL)
         queue->end = at;
     queue->count--;
-}
-
-static size_t buffer_bytes(const struct ae_flight *flight) {
-    return (size_t)ae_sector_ceil(flight->length) * AE_SECTOR_BYTES;
 }
 
 /* The one that has the block, with the lock held. */
@@ -94,7 +91,7 @@ void ae_flight_leave(struct ae_flight *flight) {
     if (!last)
         return;
     pthread_cond_destroy(&flight->landed);
-    ae_buffer_give(&cached->cache->buffers, flight->bytes, buffer_bytes(flight));
+    ae_buffer_give(&cached->cache->buffers, flight->bytes, flight->length);
     free(flight);
     ae_cached_release(cached);
 }
@@ -155,10 +152,10 @@ static void *keep_landed(void *argument) {
             dequeue(&cache->landed, flight);
             pthread_mutex_unlock(&cache->lock);
             keep(flight);
-            size_t length = flight->length;
+            size_t room = ae_buffer_room(flight->length);
             ae_flight_leave(flight);
             pthread_mutex_lock(&cache->lock);
-            cache->landed_bytes -= length;
+            cache->landed_bytes -= room;
             trimmed = false;
         }
     }
@@ -169,14 +166,15 @@ static void *keep_landed(void *argument) {
 /* With the lock held. False: the caller has to keep it himself. */
 static bool leave_to_keepers(struct ae_cache *cache, struct ae_flight *flight) {
     bool first = cache->landed.first == NULL;
-    bool due = cache->landed_bytes + flight->length > LANDED_BYTES_REST;
-    if (ae_cache_rests(cache) || cache->landed_bytes + flight->length > LANDED_BYTES_MAX)
+    size_t room = ae_buffer_room(flight->length);
+    bool due = cache->landed_bytes + room > LANDED_BYTES_REST;
+    if (ae_cache_rests(cache) || cache->landed_bytes + room > LANDED_BYTES_MAX)
         return false;
     if ((first || due) && !ae_crew_call(&cache->keepers, due ? cache->landed.count + 1 : 1))
         return false;
     flight->holders++;
     flight->landed_ns = now_ns();
-    cache->landed_bytes += flight->length;
+    cache->landed_bytes += room;
     enqueue(&cache->landed, flight);
     return true;
 }
@@ -206,11 +204,12 @@ static bool land(struct ae_flight *flight, int result, bool ahead) {
 /* By its pilot, without the lock. */
 static void fly(struct ae_flight *flight, bool ahead) {
     struct ae_cached *cached = flight->cached;
-    size_t room = buffer_bytes(flight);
     int result = -ENOMEM;
-    flight->bytes = ae_buffer_take(&cached->cache->buffers, room);
+    flight->bytes = ae_buffer_take(&cached->cache->buffers, flight->length);
     if (flight->bytes != NULL) {
-        memset(flight->bytes + flight->length, 0, room - flight->length);
+        /* The last sector is written whole. */
+        size_t written = (size_t)ae_sector_ceil(flight->length) * AE_SECTOR_BYTES;
+        memset(flight->bytes + flight->length, 0, written - flight->length);
         result = ae_object_read_within(&cached->source, flight->bytes, flight->length, flight->offset);
     }
     if (land(flight, result, ahead))
