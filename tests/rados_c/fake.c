@@ -74,6 +74,8 @@ struct completion {
     pthread_cond_t changed;
     bool queued, done;
     int result;
+    void (*complete)(void *, void *); /* or NULL */
+    void *argument;
 };
 
 struct queued {
@@ -349,11 +351,18 @@ static void *work(void *argument) {
         pthread_mutex_lock(&completion->mutex);
         completion->done = true;
         completion->result = result;
+        void (*complete)(void *, void *) = completion->complete;
+        void *complete_argument = completion->argument;
         pthread_cond_broadcast(&completion->changed);
         pthread_mutex_unlock(&completion->mutex);
         op_free(job->op);
         free(job);
         pthread_cond_broadcast(&client->changed);
+        if (complete != NULL) {
+            pthread_mutex_unlock(&mutex);
+            complete(completion, complete_argument);
+            pthread_mutex_lock(&mutex);
+        }
     }
     pthread_mutex_unlock(&mutex);
     return NULL;
@@ -501,10 +510,12 @@ API int rados_stat(void *io, const char *oid, uint64_t *size, time_t *mtime) {
 API int rados_remove(void *io, const char *oid) { return run_and_free(io, oid, op_range(REMOVE, NULL, NULL, 0, 0)); }
 
 API int rados_aio_create_completion2(void *argument, void (*complete)(void *, void *), void **made) {
-    INSIST(argument == NULL && complete == NULL);
+    INSIST((argument == NULL) == (complete == NULL));
     struct completion *completion = calloc(1, sizeof *completion);
     if (completion == NULL)
         return -ENOMEM;
+    completion->complete = complete;
+    completion->argument = argument;
     pthread_mutex_init(&completion->mutex, NULL);
     pthread_cond_init(&completion->changed, NULL);
     *made = completion;

@@ -316,6 +316,10 @@ int ra_call_begin(struct ra_call *call) {
         }
         if (!shut_out && claim->number == client->number)
             break;
+        if (call->nowait) {
+            result = -EAGAIN;
+            break;
+        }
         if (!wait_for_change(call)) {
             result = -EIO;
             break;

@@ -5,8 +5,9 @@
  * go of the last one shuts it down, so no call ever meets a connection that is being shut down.
  *
  * Lock order, for all files here:
- *     ra_data.gate → ra_data.sizing → ra_data.table → ra_client.mutex
- * Nothing waits for the cluster with `table` or `mutex` held.
+ *     ra_data.gate → ra_data.table → ra_client.mutex
+ * Nothing waits for the cluster with `table` or `mutex` held. The gate is passed, not locked: what was begun passes it
+ * on one thread, and leaves it on another.
  */
 #ifndef ARCHIPFS_RADOS_CLIENT_H
 #define ARCHIPFS_RADOS_CLIENT_H
@@ -69,6 +70,8 @@ struct ra_call {
     struct ra_client *client;
     /* Or NULL: not under a claim. */
     struct ra_claim *claim;
+    /* Begin gives -EAGAIN instead of waiting. */
+    bool nowait;
     /* Set by begin, until again. */
     struct ra_connection *connection;
     uint64_t number;
