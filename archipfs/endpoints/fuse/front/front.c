@@ -26,6 +26,7 @@
 #include "buffer.h"
 #include "engine.h"
 #include "far.h"
+#include "landing.h"
 #include "pending.h"
 #include "seats.h"
 #include "session.h"
@@ -58,6 +59,7 @@ struct af_front {
     struct af_pending pending;
     struct af_seats seats;
     struct af_far far;
+    struct af_landing landing;
     pthread_t relay;
     pthread_t notifier;
 };
@@ -130,10 +132,10 @@ static int forward(struct af_front *front, const struct af_request *request, cha
     return error < 0 ? error : hand_to_libfuse(front, request, message, length);
 }
 
-static void pass_on(struct af_server *server, const struct af_request *request, char *message, size_t length) {
-    struct af_front *front = server->context;
+static void pass_on(struct af_front *front, const struct af_request *request, char *message, size_t length,
+                    _Atomic uint64_t *forwarded) {
     int error = forward(front, request, message, length);
-    count(&server->forwarded);
+    count(forwarded);
     if (error < 0 && error != -ESHUTDOWN && request->answered)
         af_answer(front->options.device, request->unique, error, NULL, 0);
 }
@@ -141,10 +143,10 @@ static void pass_on(struct af_server *server, const struct af_request *request, 
 /* Whoever has a disk open is not told that it is not there, or what it lies in. */
 static int outward(int error) { return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error; }
 
-static void answer(struct af_server *server, const struct af_request *request, const struct af_result *result) {
-    const struct af_front *front = server->context;
+static void answer(const struct af_front *front, const struct af_request *request, const struct af_result *result,
+                   _Atomic uint64_t *served) {
     af_answer(front->options.device, request->unique, outward(result->error), result->data, result->length);
-    count(&server->served);
+    count(served);
 }
 
 /*
@@ -173,18 +175,59 @@ static void carry_out(struct af_server *server, struct af_entry *entry, const st
     af_serve(front->options.engine, entry, request, server->buffer + front->page_bytes, &result);
     af_table_leave(&front->table, entry);
     if (is_for_composer(request, &result))
-        pass_on(server, request, message, length);
+        pass_on(front, request, message, length, &server->forwarded);
     else
-        answer(server, request, &result);
+        answer(front, request, &result, &server->served);
+}
+
+/* A request that was begun has landed. */
+static void settle(struct af_kept *kept) {
+    struct af_front *front = kept->context;
+    struct af_result result;
+    af_settle(front->options.engine, kept, &result);
+    af_table_leave(&front->table, kept->entry);
+    /* Whoever may wait does it anew. */
+    if (result.error == -EAGAIN || is_for_composer(&kept->request, &result))
+        pass_on(front, &kept->request, kept->message, kept->length, &front->landing.forwarded);
+    else
+        answer(front, &kept->request, &result, &front->landing.served);
+    free(kept);
+}
+
+static void landed(struct ae_transfer *transfer) {
+    struct af_kept *kept = (struct af_kept *)transfer;
+    struct af_front *front = kept->context;
+    af_landing_land(&front->landing, kept);
+}
+
+/* Whether it goes on by itself from here: then it has been inside the entry for as long as it takes. */
+static bool begin(struct af_front *front, struct af_entry *entry, const struct af_request *request, const char *message,
+                  size_t length) {
+    bool reads = request->kind == AF_READ;
+    if ((!reads && request->kind != AF_WRITE) || request->length > AF_BEGUN_BYTES_MAX ||
+        !af_landing_enter(&front->landing))
+        return false;
+    struct af_kept *kept = af_kept_make(entry, request, message, length, reads ? request->length : 0);
+    bool begun = false;
+    if (kept != NULL) {
+        kept->context = front;
+        kept->begun.transfer.landed = landed;
+        begun = af_serve_begin(front->options.engine, kept);
+    }
+    if (!begun) {
+        af_landing_leave(&front->landing);
+        free(kept);
+    }
+    return begun;
 }
 
 /* As carry_out, on a volume behind a network, and after that those who were parked meanwhile. */
 static void carry_out_far(struct af_server *server, struct af_entry *entry, const struct af_request *request,
                           char *message, size_t length) {
     struct af_front *front = server->context;
-    struct af_parked *parked = NULL;
+    struct af_kept *parked = NULL;
     if (af_far_is_full(&front->far))
-        parked = af_parked_make(entry, request, message, length);
+        parked = af_kept_make(entry, request, message, length, 0);
     if (!af_far_enter(&front->far, parked))
         return;
     free(parked);
@@ -209,9 +252,10 @@ static bool serve(struct af_server *server, const struct af_request *request, ch
         af_table_leave(&front->table, entry);
         if (is_for_composer(request, &result))
             return false;
-        answer(server, request, &result);
+        answer(front, request, &result, &server->served);
     } else if (engine->waits(entry->volume)) {
-        carry_out_far(server, entry, request, message, length);
+        if (!begin(front, entry, request, message, length))
+            carry_out_far(server, entry, request, message, length);
     } else {
         if (reads || request->kind == AF_SYNC)
             af_call_waits(server);
@@ -227,7 +271,7 @@ static void handle(struct af_server *server, char *message, size_t length) {
     if (error == -EBADMSG || (error == 0 && request.kind == AF_INTERRUPT))
         return;
     if (error == 0 && !serve(server, &request, message, length))
-        pass_on(server, &request, message, length);
+        pass_on(front, &request, message, length, &server->forwarded);
     if (error < 0 && request.answered)
         af_answer(front->options.device, request.unique, error, NULL, 0);
 }
@@ -358,8 +402,14 @@ static int init_parts(struct af_front *front) {
     int result = af_far_init(&front->far);
     if (result < 0)
         return result;
+    result = af_landing_init(&front->landing, settle);
+    if (result < 0) {
+        af_far_destroy(&front->far);
+        return result;
+    }
     result = af_table_init(&front->table);
     if (result < 0) {
+        af_landing_destroy(&front->landing);
         af_far_destroy(&front->far);
         return result;
     }
@@ -372,6 +422,7 @@ static int init_parts(struct af_front *front) {
         af_pending_destroy(&front->pending);
     }
     af_table_destroy(&front->table);
+    af_landing_destroy(&front->landing);
     af_far_destroy(&front->far);
     return result;
 }
@@ -380,6 +431,7 @@ static void destroy_parts(struct af_front *front) {
     af_seats_destroy(&front->seats);
     af_pending_destroy(&front->pending);
     af_table_destroy(&front->table);
+    af_landing_destroy(&front->landing);
     af_far_destroy(&front->far);
 }
 
@@ -435,6 +487,8 @@ int af_front_start(const struct af_options *options, struct af_front **started) 
 
 int af_front_serve(struct af_front *front) {
     int result = front->resumed ? af_ask_resend(front->options.device) : 0;
+    if (result == 0)
+        result = af_landing_start(&front->landing);
     return result < 0 ? result : af_seats_start(&front->seats);
 }
 
@@ -461,6 +515,7 @@ void af_front_drain(struct af_front *front) {
     shutdown(front->options.socket, SHUT_WR);
     shutdown(front->options.upcalls, SHUT_WR);
     af_seats_stop(&front->seats);
+    af_landing_stop(&front->landing);
 }
 
 void af_front_stop(struct af_front *front) {
@@ -472,7 +527,11 @@ void af_front_stop(struct af_front *front) {
 }
 
 void af_front_statistics(struct af_front *front, struct af_statistics *statistics) {
-    *statistics = (struct af_statistics){.volumes = af_table_count(&front->table)};
+    *statistics = (struct af_statistics){
+        .served = atomic_load_explicit(&front->landing.served, memory_order_relaxed),
+        .forwarded = atomic_load_explicit(&front->landing.forwarded, memory_order_relaxed),
+        .volumes = af_table_count(&front->table),
+    };
     for (uint32_t i = 0; i < AF_THREADS_MAX; i++) {
         struct af_server *server = &front->seats.servers[i];
         statistics->served += atomic_load_explicit(&server->served, memory_order_relaxed);
