@@ -4,6 +4,7 @@
  */
 #include "front.h"
 
+#include "anew.h"
 #include "buffer.h"
 #include "check.h"
 #include "engine.h"
@@ -43,7 +44,8 @@ struct ae_volume {
     atomic_ullong discards;
     atomic_int sync_result;
     atomic_int syncs;
-    bool begins; /* reads and writes are begun, and land when the test has them */
+    atomic_int failure; /* what calls that may wait come to; 0: what they should */
+    bool begins;        /* reads and writes are begun, and land when the test has them */
     struct {
         struct ae_begun *begun;
         void *buffer; /* of a read */
@@ -77,6 +79,8 @@ static void enter(struct ae_volume *volume) {
 
 static ssize_t fake_read(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset) {
     enter(volume);
+    if (atomic_load(&volume->failure) != 0)
+        return atomic_load(&volume->failure);
     memset(buffer, (int)(offset / 4096) + 'a', length);
     return (ssize_t)length;
 }
@@ -94,6 +98,8 @@ static ssize_t fake_read_nowait(struct ae_volume *volume, void *buffer, size_t l
 static ssize_t fake_write(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset) {
     (void)offset;
     enter(volume);
+    if (atomic_load(&volume->failure) != 0)
+        return atomic_load(&volume->failure);
     return memchr(buffer, '!', length) != NULL ? -EIO : (ssize_t)length;
 }
 
@@ -913,34 +919,91 @@ static void test_what_is_begun_takes_no_thread_and_is_answered_when_it_lands(voi
     bench_stop(&bench);
 }
 
-static void test_what_was_begun_in_vain_goes_to_who_may_wait_as_it_came(void) {
-    static const int in_vain[] = {-EAGAIN, -ESHUTDOWN, -ESTALE, -ENOENT};
-    enum { COUNT = sizeof in_vain / sizeof in_vain[0] };
+static const int in_vain[] = {-EAGAIN, -ESHUTDOWN, -ESTALE, -ENOENT};
+enum { IN_VAIN = sizeof in_vain / sizeof in_vain[0] };
+
+static void test_what_was_begun_in_vain_is_done_anew(void) {
     struct bench bench;
     bench_start_beginning(&bench, 2);
-    for (unsigned i = 0; i < COUNT; i++) {
+    for (unsigned i = 0; i < IN_VAIN; i++) {
+        ask_write(&bench, 2 * i + 1, "again");
+        await_begun(&bench.volume, 2 * i + 1);
+        land(&bench.volume, 2 * i, in_vain[i]);
+        expect_written(&bench, 2 * i + 1, 5);
+        ask_read(&bench, 2 * i + 2, 4096ull * i);
+        await_begun(&bench.volume, 2 * i + 2);
+        land(&bench.volume, 2 * i + 1, in_vain[i]);
+        expect_read(&bench, 2 * i + 2, (char)('a' + i));
+    }
+    ask_write(&bench, 3000, "fails");
+    await_begun(&bench.volume, 2 * IN_VAIN + 1);
+    land(&bench.volume, 2 * IN_VAIN, -ENOSPC);
+    CHECK_EQUAL(take_answer(&bench, 3000, NULL, 0), -ENOSPC);
+    CHECK(!readable(bench.libfuse, 0));
+    bench_stop(&bench);
+}
+
+static void test_what_is_in_vain_anew_goes_to_the_composer_as_it_came(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 2);
+    for (unsigned i = 1; i < IN_VAIN; i++) {
         struct fuse_write_in in = {.size = 5};
-        struct message message = message_make(FUSE_WRITE, i + 1, NODE, &in, sizeof in);
+        struct message message = message_make(FUSE_WRITE, i, NODE, &in, sizeof in);
         message_add(&message, "again", 5);
         give(bench.kernel, &message);
-        await_begun(&bench.volume, i + 1);
+        await_begun(&bench.volume, i);
         /* Other messages go through the buffer that it was read into. */
         bench.volume.waits = false;
         ask_write(&bench, 1000, "other");
         expect_written(&bench, 1000, 5);
         bench.volume.waits = true;
-        land(&bench.volume, i, in_vain[i]);
+        atomic_store(&bench.volume.failure, in_vain[i]);
+        land(&bench.volume, i - 1, -EAGAIN);
         CHECK(is_handed_on(take(bench.libfuse), message));
+        atomic_store(&bench.volume.failure, 0);
     }
-    ask_read(&bench, 2000, 0);
-    await_begun(&bench.volume, COUNT + 1);
-    land(&bench.volume, COUNT, -ESHUTDOWN);
-    CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_READ);
     CHECK(!readable(bench.kernel, 0));
-    ask_write(&bench, 3000, "fails");
-    await_begun(&bench.volume, COUNT + 2);
-    land(&bench.volume, COUNT + 1, -ENOSPC);
-    CHECK_EQUAL(take_answer(&bench, 3000, NULL, 0), -ENOSPC);
+    bench_stop(&bench);
+}
+
+/* The thread that settles waits neither for the network nor for libfuse: others may be waiting for what has landed. */
+static void check_that_others_are_settled(struct bench *bench, unsigned count) {
+    for (unsigned i = 0; i < count; i++)
+        ask_write(bench, i + 1, "in vain");
+    await_begun(&bench->volume, count);
+    for (unsigned i = 0; i < count; i++)
+        land(&bench->volume, i, -EAGAIN);
+    ask_write(bench, 1000, "settles");
+    await_begun(&bench->volume, count + 1);
+    land(&bench->volume, count, 0);
+    expect_written(bench, 1000, 7);
+}
+
+static void test_what_waits_anew_holds_up_nobody(void) {
+    enum { COUNT = 2 * AF_ANEW_MAX };
+    struct bench bench;
+    bench_start_beginning(&bench, 1);
+    set_closed(&bench.volume, true);
+    check_that_others_are_settled(&bench, COUNT);
+    await_inside(&bench, AF_ANEW_MAX);
+    CHECK(!readable(bench.libfuse, 0));
+    set_closed(&bench.volume, false);
+    for (unsigned i = 0; i < COUNT; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    bench_stop(&bench);
+}
+
+static void test_a_full_socket_to_libfuse_holds_up_nothing_that_has_landed(void) {
+    struct bench bench;
+    bench_prepare(&bench, 1, -1);
+    int room = 1;
+    CHECK(setsockopt(bench.socket, SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+    CHECK(af_front_serve(bench.front) == 0);
+    bench.volume.waits = bench.volume.reads_wait = bench.volume.begins = true;
+    atomic_store(&bench.volume.failure, -ESHUTDOWN);
+    check_that_others_are_settled(&bench, AF_ANEW_MAX / 2);
+    for (unsigned i = 0; i < AF_ANEW_MAX / 2; i++)
+        CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_WRITE);
     bench_stop(&bench);
 }
 
@@ -986,10 +1049,13 @@ static void test_stopping_answers_what_was_begun(void) {
     for (uint64_t unique = 1; unique <= 5; unique++)
         ask_write(&bench, unique, "begun");
     await_begun(&bench.volume, 5);
+    ask_write(&bench, 6, "in vain");
+    await_begun(&bench.volume, 6);
+    land(&bench.volume, 5, -EAGAIN);
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, land_all, &bench.volume) == 0);
     af_front_drain(bench.front);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
     CHECK(pthread_join(thread, NULL) == 0);
     bench_stop(&bench);
@@ -1207,7 +1273,10 @@ int main(void) {
         {"a network holds up no other volume", test_a_volume_behind_a_network_holds_up_no_other},
         {"stopping answers what is parked", test_stopping_answers_what_is_parked},
         {"what is begun takes no thread", test_what_is_begun_takes_no_thread_and_is_answered_when_it_lands},
-        {"what was begun in vain", test_what_was_begun_in_vain_goes_to_who_may_wait_as_it_came},
+        {"what was begun in vain", test_what_was_begun_in_vain_is_done_anew},
+        {"what is in vain anew", test_what_is_in_vain_anew_goes_to_the_composer_as_it_came},
+        {"what waits anew holds up nobody", test_what_waits_anew_holds_up_nobody},
+        {"a full socket holds up nothing landed", test_a_full_socket_to_libfuse_holds_up_nothing_that_has_landed},
         {"only so many are begun at a time", test_only_so_many_are_begun_at_a_time},
         {"stopping answers what was begun", test_stopping_answers_what_was_begun},
         {"unregistering waits for what was begun", test_unregistering_waits_for_what_was_begun},

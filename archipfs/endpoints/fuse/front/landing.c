@@ -1,8 +1,6 @@
 /* See landing.h. One mutex, held for a few instructions. */
 #include "landing.h"
 
-#include "seats.h"
-
 int af_landing_init(struct af_landing *landing, void (*settle)(struct af_kept *kept)) {
     *landing = (struct af_landing){.end = &landing->first, .settle = settle};
     int result = pthread_mutex_init(&landing->mutex, NULL);

@@ -6,6 +6,7 @@
 #define ARCHIPFS_FRONT_LANDING_H
 
 #include "kept.h"
+#include "seats.h"
 
 #include <pthread.h>
 
@@ -25,9 +26,9 @@ struct af_landing {
     bool stopping;
     bool runs;
     pthread_t thread;
-    /* Settles and answers one, and frees it. */
+    /* Settles one, which waits for nothing, and has it answered and freed. */
     void (*settle)(struct af_kept *kept);
-    _Atomic uint64_t served, forwarded; /* counted by the thread alone */
+    struct af_counts counts;
 };
 
 int af_landing_init(struct af_landing *landing, void (*settle)(struct af_kept *kept));
