@@ -89,6 +89,7 @@ struct queued {
 struct client {
     char address[32];
     bool blocklisted, connected, stopping;
+    unsigned inside; /* calls that begin something, and have not returned */
     pthread_t workers[WORKERS];
     pthread_cond_t changed;
     struct queued *queue;
@@ -111,7 +112,7 @@ static struct rule rule;
 static char hold_part[64], stop_part[64];
 static unsigned delay_us, stopped, client_count, addresses_given;
 static long changes_left = -1, changes_done;
-static bool full;
+static bool full, keeping;
 static uint64_t draw = 88172645463325252u;
 
 /* Operations */
@@ -369,10 +370,12 @@ static void *work(void *argument) {
 }
 
 static int queue_op(struct io *io, const char *oid, struct completion *completion, struct op *op) {
+    struct client *client = io->client;
     struct queued *job = calloc(1, sizeof *job);
     INSIST(job != NULL);
     completion->queued = true;
     pthread_mutex_lock(&mutex);
+    client->inside++;
     name_of(io, oid, job->name);
     job->op = op;
     job->completion = completion;
@@ -380,7 +383,10 @@ static int queue_op(struct io *io, const char *oid, struct completion *completio
     while (*at != NULL)
         at = &(*at)->next;
     *at = job;
-    pthread_cond_broadcast(&io->client->changed);
+    pthread_cond_broadcast(&client->changed);
+    while (keeping)
+        pthread_cond_wait(&released, &mutex);
+    client->inside--;
     pthread_mutex_unlock(&mutex);
     return 0;
 }
@@ -438,7 +444,7 @@ API void rados_shutdown(void *cluster) {
     struct client *client = cluster;
     pthread_mutex_lock(&mutex);
     bool connected = client->connected;
-    INSIST(client->queue == NULL);
+    INSIST(client->queue == NULL && client->inside == 0);
     client->stopping = true;
     pthread_cond_broadcast(&client->changed);
     pthread_mutex_unlock(&mutex);
@@ -678,7 +684,7 @@ API void fake_reset(void) {
     delay_us = 0;
     changes_left = -1;
     changes_done = 0;
-    full = false;
+    full = keeping = false;
     pthread_mutex_unlock(&mutex);
 }
 
@@ -719,6 +725,13 @@ API void fake_arrive(void) {
 API void fake_stop(const char *part) {
     pthread_mutex_lock(&mutex);
     set_part(stop_part, part);
+    pthread_cond_broadcast(&released);
+    pthread_mutex_unlock(&mutex);
+}
+
+API void fake_keep(bool now) {
+    pthread_mutex_lock(&mutex);
+    keeping = now;
     pthread_cond_broadcast(&released);
     pthread_mutex_unlock(&mutex);
 }

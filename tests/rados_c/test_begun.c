@@ -52,6 +52,14 @@ static int begin_read(struct flight *flight, const struct ae_object *object, uin
     return object->ops->pread_begin(object->ctx, flight->bytes, LENGTH, offset, &flight->transfer);
 }
 
+static bool has_landed(void *argument) {
+    struct flight *flight = argument;
+    pthread_mutex_lock(&flight->mutex);
+    bool landed = flight->landed;
+    pthread_mutex_unlock(&flight->mutex);
+    return landed;
+}
+
 static int settle(struct flight *flight, const struct ae_object *object) {
     pthread_mutex_lock(&flight->mutex);
     while (!flight->landed)
@@ -304,6 +312,41 @@ static void test_the_connection_is_there_until_it_is_settled(void) {
     place_close(&place);
 }
 
+struct departure {
+    struct call call;
+    struct flight flight;
+};
+
+static int depart(struct call *call) {
+    struct ae_object object;
+    ra_data_share(call->data, &object);
+    int result = begin_write(&((struct departure *)call)->flight, &object, 0);
+    object.ops->close(object.ctx);
+    return result;
+}
+
+static void test_the_connection_is_there_until_it_has_been_begun(void) {
+    struct place place;
+    place_make(&place, false, 0);
+    CHECK_EQUAL(ra_data_write(place.data, "x", 1, 0), 0);
+    struct departure departure = {.call = {.make = depart, .data = place.data}};
+    struct flight *flight = &departure.flight;
+    flight_init(flight, 'a');
+    fake_keep(true);
+    call_start(&departure.call);
+    struct ra_client *successor = client_open(0);
+    wait_until(has_landed, flight);
+    ra_client_adopt(place.client, successor);
+    CHECK_EQUAL(settle(flight, &place.object), 0);
+    CHECK_EQUAL(fake_clients(), 2);
+    fake_keep(false);
+    CHECK_EQUAL(call_end(&departure.call), 0);
+    CHECK_EQUAL(fake_clients(), 1);
+    flight_destroy(flight);
+    ra_client_close(successor);
+    place_close(&place);
+}
+
 /* Threads that each have some sectors of one stripe for themselves, beside one that changes the header. */
 
 enum { OWNERS = 4, OWN_BYTES = 8 * LENGTH };
@@ -360,6 +403,7 @@ int main(void) {
         {"a write that is not answered keeps the claim", test_a_write_that_is_not_answered_keeps_the_claim},
         {"giving a claim up waits until it is settled", test_giving_a_claim_up_waits_until_it_is_settled},
         {"the connection is there until it is settled", test_the_connection_is_there_until_it_is_settled},
+        {"the connection is there until it has been begun", test_the_connection_is_there_until_it_has_been_begun},
         {"begun and not, at once", test_begun_and_not_at_once},
     };
     return run_tests(tests, sizeof tests / sizeof *tests);

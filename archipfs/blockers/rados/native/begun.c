@@ -2,6 +2,9 @@
  * A call (client.h) that begins on one thread and ends on another. Between the two, librados has it. Whatever else may
  * be needed, a byte of the header set, a lock taken again, a look at why a stripe is missing, would wait for the
  * cluster: then it is left to who may wait.
+ *
+ * It may be settled before the function of librados that begins it has returned; so whoever begins it keeps the
+ * connection as well.
  */
 #include "begun.h"
 
@@ -69,10 +72,12 @@ bool ra_data_read_begin(struct ra_data *data, void *buffer, size_t length, uint6
     begun->buffer = buffer;
     begun->length = length;
     transfer->driver = begun;
+    struct ra_connection *connection = ra_connection_keep(begun->call.connection);
     int result =
         stripe_read_begin(&begun->call, data->key, offset / STRIPE, begun->completion, buffer, length, offset % STRIPE);
     if (result < 0)
         begun_drop(begun, result);
+    ra_connection_drop(connection);
     return result == 0;
 }
 
@@ -92,6 +97,7 @@ bool ra_data_write_begin(struct ra_data *data, const void *buffer, size_t length
     if (begun == NULL)
         return false;
     transfer->driver = begun;
+    struct ra_connection *connection = ra_connection_keep(begun->call.connection);
     int result = -EAGAIN;
     if (ra_gate_try_enter(&data->gate)) {
         result = write_begin(data, begun, buffer, length, offset);
@@ -100,6 +106,7 @@ bool ra_data_write_begin(struct ra_data *data, const void *buffer, size_t length
     }
     if (result < 0)
         begun_drop(begun, result);
+    ra_connection_drop(connection);
     return result == 0;
 }
 

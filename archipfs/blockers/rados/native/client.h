@@ -90,6 +90,10 @@ int ra_call_begin(struct ra_call *call);
 /* The call is over with `result`. True: it met its end by being shut out, and is to be made once more. */
 bool ra_call_again(struct ra_call *call, int result);
 
+/* Beyond the end of a call: for what may still be inside librados then. */
+struct ra_connection *ra_connection_keep(struct ra_connection *connection);
+void ra_connection_drop(struct ra_connection *connection);
+
 /* Objects keep their client, and the claim they were opened under. */
 int ra_client_use(struct ra_client *client, const char *claim_key, struct ra_claim **claim);
 void ra_client_unuse(struct ra_client *client, struct ra_claim *claim);
