@@ -18,6 +18,17 @@ struct ae_write {
 };
 
 /*
+ * A read or write that goes on while no thread waits for it. Whoever begins it gives it room, and keeps that and the
+ * buffer until it is settled.
+ */
+struct ae_transfer {
+    /* It has landed: told once, by any thread, perhaps one of the store's own, perhaps before the call that begins it
+     * has returned. Takes note and does nothing else. */
+    void (*landed)(struct ae_transfer *transfer);
+    void *driver;
+};
+
+/*
  * A place where bytes lie: a file, an object of a cluster, a simulated disk that loses what was
  * not flushed, a Python object.
  * The functions may block and may be called from several threads at once.
@@ -32,6 +43,15 @@ struct ae_object_ops {
     int (*pwrite)(void *ctx, const void *buffer, size_t length, uint64_t offset);
     /* As so many writes, which do not overlap, in any order or all at once. NULL: one after the other. */
     int (*pwrite_each)(void *ctx, const struct ae_write *writes, size_t count);
+    /*
+     * Begin what pread and pwrite do. 0: it lands, and has to be settled. -EAGAIN: nothing was begun, since it would
+     * have to wait for something first; pread and pwrite say what comes of it. All three are there, or NULL.
+     */
+    int (*pread_begin)(void *ctx, void *buffer, size_t length, uint64_t offset, struct ae_transfer *transfer);
+    int (*pwrite_begin)(void *ctx, const void *buffer, size_t length, uint64_t offset, struct ae_transfer *transfer);
+    /* What came of a transfer that has landed: as pread, pwrite; -EAGAIN: unknown, it is to be done anew. Waits for
+     * nothing. */
+    int (*settle)(void *ctx, struct ae_transfer *transfer);
     int (*punch)(void *ctx, uint64_t offset, uint64_t length);
     int (*truncate)(void *ctx, uint64_t size);
     int (*flush)(void *ctx);

@@ -208,7 +208,7 @@ static void do_write(struct world *world) {
     uint8_t bytes[6 * AE_SECTOR_BYTES];
     for (size_t i = 0; i < end - offset; i++)
         bytes[i] = (uint8_t)random_next(&world->random) | 1;
-    CHECK_EQUAL(ae_write(world->volume, bytes, end - offset, offset), end - offset);
+    CHECK_EQUAL(machine_write(&world->machine, world->volume, bytes, end - offset, offset), end - offset);
     model_put(world, bytes, offset, end);
     if (end > world->size)
         world->size = end;
@@ -244,7 +244,7 @@ static void do_copy(struct world *world) {
     if (from < to + expected && to < from + expected)
         return;
     uint8_t bytes[6 * AE_SECTOR_BYTES];
-    CHECK_EQUAL(ae_read(world->volume, bytes, expected, from), expected);
+    CHECK_EQUAL(machine_read(&world->machine, world->volume, bytes, expected, from), expected);
     world->machine.disks_copy = random_below(&world->random, 4) != 0;
     CHECK_EQUAL(ae_copy(world->volume, to, world->volume, from, length), expected);
     model_put(world, bytes, to, to + expected);
@@ -263,7 +263,7 @@ static void do_read(struct world *world) {
     ssize_t got =
         random_below(&world->random, 3) == 0 ? ae_read_nowait(world->volume, bytes, end - offset, offset) : -EAGAIN;
     if (got == -EAGAIN)
-        got = ae_read(world->volume, bytes, end - offset, offset);
+        got = machine_read(&world->machine, world->volume, bytes, end - offset, offset);
     CHECK_EQUAL(got, expected);
     CHECK(model_equals(world, bytes, offset, offset + expected));
 }
@@ -386,7 +386,7 @@ static void do_resize(struct world *world) {
 static void check_all(struct world *world) {
     for (size_t i = 0; i < SECTORS; i++) {
         uint8_t bytes[AE_SECTOR_BYTES];
-        ssize_t got = ae_read(world->volume, bytes, SECTOR, sector_offset(i));
+        ssize_t got = machine_read(&world->machine, world->volume, bytes, SECTOR, sector_offset(i));
         CHECK(got >= 0 && memcmp(bytes, world->now[i], (size_t)got) == 0);
     }
 }
@@ -421,7 +421,7 @@ static void do_power_cut(struct world *world) {
     world_open(world, false);
     for (size_t i = 0; i < SECTORS; i++) {
         uint64_t start = sector_offset(i);
-        ssize_t got = ae_read(world->volume, world->now[i], SECTOR, start);
+        ssize_t got = machine_read(&world->machine, world->volume, world->now[i], SECTOR, start);
         CHECK(got >= 0);
         bool known = false;
         for (size_t v = 0; v < world->versions_count[i]; v++)

@@ -231,7 +231,8 @@ static void *sequence_write(void *argument) {
     for (uint64_t number = 1; !atomic_load(&sequence->stop); number++) {
         for (size_t i = 0; i < SLOT_BYTES / 8; i++)
             words[i] = number;
-        CHECK_EQUAL(ae_write(sequence->volume, words, sizeof words, slot_offset(number)), sizeof words);
+        CHECK_EQUAL(machine_write(&sequence->machine, sequence->volume, words, sizeof words, slot_offset(number)),
+                    sizeof words);
         atomic_store(&sequence->written, number);
     }
     return NULL;
@@ -244,9 +245,9 @@ static void *neighbour_write(void *argument) {
     uint8_t bytes[SLOT_BYTES];
     memset(bytes, 0xaa, sizeof bytes);
     while (!atomic_load(&sequence->stop))
-        CHECK_EQUAL(
-            ae_write(sequence->volume, bytes, sizeof bytes, slot_offset(random_below(&random, SLOTS)) + SLOT_BYTES),
-            sizeof bytes);
+        CHECK_EQUAL(machine_write(&sequence->machine, sequence->volume, bytes, sizeof bytes,
+                                  slot_offset(random_below(&random, SLOTS)) + SLOT_BYTES),
+                    sizeof bytes);
     return NULL;
 }
 

@@ -4,6 +4,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -15,6 +16,9 @@ void machine_start(struct machine *machine, uint64_t seed) {
     CHECK(pthread_mutex_init(&machine->mutex, NULL) == 0);
     machine->random = random_seed(seed);
     machine->nowait_misses = 30;
+    machine->transfers = NULL;
+    machine->begin_misses = 10;
+    machine->lands_at_once = true;
     machine->flush_ns = 0;
     machine->disks_copy = true;
     machine->disks_wait = false;
@@ -291,8 +295,134 @@ static int disk_pwrite_each(void *ctx, const struct ae_write *writes, size_t cou
     return result;
 }
 
+/* Transfers */
+
+struct disk_transfer {
+    struct disk_transfer *next;
+    struct ae_transfer *transfer;
+    struct disk *disk;
+    bool writes;
+    void *buffer; /* of a write, a copy: the cluster's client has one too */
+    size_t length;
+    uint64_t offset;
+    int result;
+};
+
+static int begin(struct disk *disk, bool writes, void *buffer, size_t length, uint64_t offset,
+                 struct ae_transfer *transfer) {
+    struct machine *machine = disk->machine;
+    struct disk_transfer *begun = malloc(sizeof *begun);
+    CHECK(begun != NULL);
+    *begun = (struct disk_transfer){
+        .transfer = transfer, .disk = disk, .writes = writes, .buffer = buffer, .length = length, .offset = offset};
+    transfer->driver = begun;
+    if (writes) {
+        begun->buffer = malloc(length);
+        CHECK(begun->buffer != NULL);
+        memcpy(begun->buffer, buffer, length);
+    }
+    pthread_mutex_lock(&machine->mutex);
+    bool misses = random_below(&machine->random, 100) < machine->begin_misses;
+    bool lands_at_once = machine->lands_at_once && random_below(&machine->random, 4) == 0;
+    if (!misses) {
+        begun->next = machine->transfers;
+        machine->transfers = begun;
+    }
+    pthread_mutex_unlock(&machine->mutex);
+    if (misses) {
+        if (writes)
+            free(begun->buffer);
+        free(begun);
+        return -EAGAIN;
+    }
+    if (lands_at_once)
+        machine_land(machine);
+    return 0;
+}
+
+static int disk_pread_begin(void *ctx, void *buffer, size_t length, uint64_t offset, struct ae_transfer *transfer) {
+    return begin(ctx, false, buffer, length, offset, transfer);
+}
+
+static int disk_pwrite_begin(void *ctx, const void *buffer, size_t length, uint64_t offset,
+                             struct ae_transfer *transfer) {
+    return begin(ctx, true, (void *)(uintptr_t)buffer, length, offset, transfer);
+}
+
+bool machine_land(struct machine *machine) {
+    pthread_mutex_lock(&machine->mutex);
+    size_t count = 0;
+    for (struct disk_transfer *each = machine->transfers; each != NULL; each = each->next)
+        count++;
+    struct disk_transfer **at = &machine->transfers;
+    for (size_t skip = count > 0 ? random_below(&machine->random, count) : 0; skip > 0; skip--)
+        at = &(*at)->next;
+    struct disk_transfer *landing = *at;
+    if (landing != NULL)
+        *at = landing->next;
+    bool is_lost = random_below(&machine->random, 100) < machine->begin_misses;
+    bool is_done = random_below(&machine->random, 2) == 0;
+    pthread_mutex_unlock(&machine->mutex);
+    if (landing == NULL)
+        return false;
+    if (is_lost && !is_done)
+        landing->result = -EAGAIN;
+    else if (landing->writes)
+        landing->result = disk_pwrite(landing->disk, landing->buffer, landing->length, landing->offset);
+    else
+        landing->result = disk_pread(landing->disk, landing->buffer, landing->length, landing->offset);
+    if (is_lost)
+        landing->result = -EAGAIN;
+    landing->transfer->landed(landing->transfer);
+    return true;
+}
+
+static int disk_settle(void *ctx, struct ae_transfer *transfer) {
+    struct disk_transfer *landed = transfer->driver;
+    CHECK(landed->disk == ctx);
+    int result = landed->result;
+    if (landed->writes)
+        free(landed->buffer);
+    free(landed);
+    return result;
+}
+
+struct journey {
+    struct ae_begun begun;
+    atomic_bool landed;
+};
+
+static void note(struct ae_transfer *transfer) { atomic_store(&((struct journey *)transfer)->landed, true); }
+
+/* Whoever waits for his own has others land: so what one thread begins lands on another. */
+static ssize_t settle(struct machine *machine, struct journey *journey) {
+    while (!atomic_load(&journey->landed))
+        machine_land(machine);
+    return ae_settle(&journey->begun);
+}
+
+ssize_t machine_read(struct machine *machine, struct ae_volume *volume, void *buffer, size_t length, uint64_t offset) {
+    struct journey journey = {.begun.transfer.landed = note};
+    ssize_t got = ae_read_begin(volume, buffer, length, offset, &journey.begun);
+    if (got == 0)
+        got = settle(machine, &journey);
+    return got == -EAGAIN ? ae_read(volume, buffer, length, offset) : got;
+}
+
+ssize_t machine_write(struct machine *machine, struct ae_volume *volume, const void *buffer, size_t length,
+                      uint64_t offset) {
+    struct journey journey = {.begun.transfer.landed = note};
+    ssize_t done = ae_write_begin(volume, buffer, length, offset, &journey.begun);
+    if (done == 0)
+        done = settle(machine, &journey);
+    return done == -EAGAIN ? ae_write(volume, buffer, length, offset) : done;
+}
+
 static const struct ae_object_ops far_disk_ops = {
     .pread = disk_pread,
+    .pread_begin = disk_pread_begin,
+    .pwrite_begin = disk_pwrite_begin,
+    .settle = disk_settle,
     .pwrite = disk_pwrite,
     .pwrite_each = disk_pwrite_each,
     .punch = disk_punch,
@@ -309,7 +439,7 @@ struct ae_object disk_object(struct disk *disk) {
         .ops = disk->machine->disks_wait ? &far_disk_ops : &disk_ops,
         .ctx = disk,
         .waits = disk->machine->disks_wait,
-        .first_write_bytes = DISK_FIRST_WRITE_BYTES,
+        .first_write_bytes = disk->machine->disks_wait ? 0 : DISK_FIRST_WRITE_BYTES,
     };
 }
 

@@ -13,9 +13,14 @@
 
 #define DISK_FIRST_WRITE_BYTES ((uint64_t)4 * AE_SECTOR_BYTES)
 
+struct disk_transfer;
+
 /* One mutex over all disks, so that a power cut finds them all at the same moment. */
 struct machine {
     pthread_mutex_t mutex;
+    struct disk_transfer *transfers; /* begun, and still on their way */
+    unsigned begin_misses;           /* of 100 transfers, how many cannot be begun, and how many come to nothing */
+    bool lands_at_once;              /* whether some land before they were begun */
     uint64_t random;
     unsigned nowait_misses; /* of 100 reads that must not wait, how many would */
     bool disks_copy;        /* whether one takes a range of another by itself */
@@ -25,6 +30,13 @@ struct machine {
 
 void machine_start(struct machine *machine, uint64_t seed);
 void machine_stop(struct machine *machine);
+
+/* Have any of the transfers to disks that wait land. False: there are none. */
+bool machine_land(struct machine *machine);
+/* As ae_read and ae_write, but begun and settled where the engine does that. */
+ssize_t machine_read(struct machine *machine, struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
+ssize_t machine_write(struct machine *machine, struct ae_volume *volume, const void *buffer, size_t length,
+                      uint64_t offset);
 
 enum disk_call {
     DISK_READ,

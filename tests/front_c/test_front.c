@@ -4,10 +4,12 @@
  */
 #include "front.h"
 
+#include "anew.h"
 #include "buffer.h"
 #include "check.h"
 #include "engine.h"
 #include "far.h"
+#include "landing.h"
 #include "message.h"
 #include "wire.h"
 
@@ -42,6 +44,16 @@ struct ae_volume {
     atomic_ullong discards;
     atomic_int sync_result;
     atomic_int syncs;
+    atomic_int failure; /* what calls that may wait come to; 0: what they should */
+    bool begins;        /* reads and writes are begun, and land when the test has them */
+    struct {
+        struct ae_begun *begun;
+        void *buffer; /* of a read */
+        size_t length;
+        uint64_t offset;
+        int result;
+    } begun[AF_BEGUN_MAX];
+    unsigned begun_count;
 };
 
 static void volume_init(struct ae_volume *volume) {
@@ -67,6 +79,8 @@ static void enter(struct ae_volume *volume) {
 
 static ssize_t fake_read(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset) {
     enter(volume);
+    if (atomic_load(&volume->failure) != 0)
+        return atomic_load(&volume->failure);
     memset(buffer, (int)(offset / 4096) + 'a', length);
     return (ssize_t)length;
 }
@@ -84,6 +98,8 @@ static ssize_t fake_read_nowait(struct ae_volume *volume, void *buffer, size_t l
 static ssize_t fake_write(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset) {
     (void)offset;
     enter(volume);
+    if (atomic_load(&volume->failure) != 0)
+        return atomic_load(&volume->failure);
     return memchr(buffer, '!', length) != NULL ? -EIO : (ssize_t)length;
 }
 
@@ -110,12 +126,74 @@ static int fake_sync(struct ae_volume *volume) {
     return atomic_load(&volume->sync_result);
 }
 
+static int begin(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset, struct ae_begun *begun) {
+    pthread_mutex_lock(&volume->mutex);
+    bool begins = volume->begins;
+    if (begins) {
+        CHECK(volume->begun_count < AF_BEGUN_MAX);
+        begun->volume = volume;
+        begun->length = volume->begun_count;
+        volume->begun[volume->begun_count].begun = begun;
+        volume->begun[volume->begun_count].buffer = buffer;
+        volume->begun[volume->begun_count].length = length;
+        volume->begun[volume->begun_count].offset = offset;
+        volume->begun[volume->begun_count++].result = 0;
+    }
+    pthread_mutex_unlock(&volume->mutex);
+    return begins ? 0 : -EAGAIN;
+}
+
+static int fake_read_begin(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset,
+                           struct ae_begun *begun) {
+    return begin(volume, buffer, length, offset, begun);
+}
+
+static int fake_write_begin(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset,
+                            struct ae_begun *begun) {
+    (void)buffer;
+    return begin(volume, NULL, length, offset, begun);
+}
+
+static ssize_t fake_settle(struct ae_begun *begun) {
+    struct ae_volume *volume = begun->volume;
+    pthread_mutex_lock(&volume->mutex);
+    size_t at = begun->length;
+    if (volume->begun[at].buffer != NULL)
+        memset(volume->begun[at].buffer, (int)(volume->begun[at].offset / 4096) + 'A', volume->begun[at].length);
+    ssize_t result = volume->begun[at].result < 0 ? volume->begun[at].result : (ssize_t)volume->begun[at].length;
+    pthread_mutex_unlock(&volume->mutex);
+    return result;
+}
+
+static void await_begun(struct ae_volume *volume, unsigned count) {
+    for (int i = 0;; i++) {
+        pthread_mutex_lock(&volume->mutex);
+        unsigned begun = volume->begun_count;
+        pthread_mutex_unlock(&volume->mutex);
+        if (begun == count)
+            return;
+        CHECK(begun < count && i < LONG_MS);
+        usleep(1000);
+    }
+}
+
+static void land(struct ae_volume *volume, unsigned at, int result) {
+    pthread_mutex_lock(&volume->mutex);
+    volume->begun[at].result = result;
+    struct ae_begun *begun = volume->begun[at].begun;
+    pthread_mutex_unlock(&volume->mutex);
+    begun->transfer.landed(&begun->transfer);
+}
+
 static bool fake_waits(struct ae_volume *volume) { return volume->waits; }
 
 static const struct ae_calls engine = {
     .read = fake_read,
     .read_nowait = fake_read_nowait,
     .write = fake_write,
+    .read_begin = fake_read_begin,
+    .write_begin = fake_write_begin,
+    .settle = fake_settle,
     .discard = fake_discard,
     .write_zeros = fake_discard,
     .grow = fake_grow,
@@ -790,6 +868,231 @@ static void test_stopping_answers_what_is_parked(void) {
     bench_stop(&bench);
 }
 
+static void *unregister(void *argument) {
+    struct bench *bench = argument;
+    af_front_unregister(bench->front, NODE);
+    CHECK_EQUAL(atomic_load(&bench->volume.inside), 0);
+    return NULL;
+}
+
+/* Whether a read is served, or goes to libfuse. */
+static bool is_let_in(struct bench *bench, uint64_t unique) {
+    ask_read(bench, unique, 0);
+    struct pollfd polled[2] = {{.fd = bench->kernel, .events = POLLIN}, {.fd = bench->libfuse, .events = POLLIN}};
+    CHECK(poll(polled, 2, LONG_MS) > 0);
+    if (polled[1].revents & POLLIN) {
+        take(bench->libfuse);
+        return false;
+    }
+    expect_read(bench, unique, 'a');
+    return true;
+}
+
+/* What is begun */
+
+static void bench_start_beginning(struct bench *bench, uint32_t seats) {
+    bench_start(bench, seats);
+    bench->volume.waits = bench->volume.reads_wait = bench->volume.begins = true;
+}
+
+static uint64_t threads_of(struct bench *bench) {
+    struct af_statistics statistics;
+    af_front_statistics(bench->front, &statistics);
+    return statistics.threads;
+}
+
+static void expect_written(struct bench *bench, uint64_t unique, uint32_t size) {
+    struct fuse_write_out written;
+    CHECK_EQUAL(take_answer(bench, unique, &written, sizeof written), 0);
+    CHECK_EQUAL(written.size, size);
+}
+
+static void test_what_is_begun_takes_no_thread_and_is_answered_when_it_lands(void) {
+    enum { COUNT = 60 };
+    struct bench bench;
+    bench_start_beginning(&bench, 1);
+    for (unsigned i = 0; i < COUNT; i++) {
+        i % 2 == 0 ? ask_read(&bench, i + 1, 4096ull * i) : ask_write(&bench, i + 1, "begun");
+        await_begun(&bench.volume, i + 1);
+    }
+    CHECK_EQUAL(threads_of(&bench), 1);
+    CHECK(!readable(bench.kernel, 0));
+    for (unsigned i = COUNT; i-- > 0;) {
+        land(&bench.volume, i, 0);
+        if (i % 2 == 0)
+            expect_read(&bench, i + 1, (char)('A' + i));
+        else
+            expect_written(&bench, i + 1, 5);
+    }
+    struct af_statistics statistics;
+    af_front_drain(bench.front);
+    af_front_statistics(bench.front, &statistics);
+    CHECK_EQUAL(statistics.served, COUNT);
+    CHECK_EQUAL(statistics.forwarded, 0);
+    bench_stop(&bench);
+}
+
+static const int in_vain[] = {-EAGAIN, -ESHUTDOWN, -ESTALE, -ENOENT};
+enum { IN_VAIN = sizeof in_vain / sizeof in_vain[0] };
+
+static void test_what_was_begun_in_vain_is_done_anew(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 2);
+    for (unsigned i = 0; i < IN_VAIN; i++) {
+        ask_write(&bench, 2 * i + 1, "again");
+        await_begun(&bench.volume, 2 * i + 1);
+        land(&bench.volume, 2 * i, in_vain[i]);
+        expect_written(&bench, 2 * i + 1, 5);
+        ask_read(&bench, 2 * i + 2, 4096ull * i);
+        await_begun(&bench.volume, 2 * i + 2);
+        land(&bench.volume, 2 * i + 1, in_vain[i]);
+        expect_read(&bench, 2 * i + 2, (char)('a' + i));
+    }
+    ask_write(&bench, 3000, "fails");
+    await_begun(&bench.volume, 2 * IN_VAIN + 1);
+    land(&bench.volume, 2 * IN_VAIN, -ENOSPC);
+    CHECK_EQUAL(take_answer(&bench, 3000, NULL, 0), -ENOSPC);
+    CHECK(!readable(bench.libfuse, 0));
+    bench_stop(&bench);
+}
+
+static void test_what_is_in_vain_anew_goes_to_the_composer_as_it_came(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 2);
+    for (unsigned i = 1; i < IN_VAIN; i++) {
+        struct fuse_write_in in = {.size = 5};
+        struct message message = message_make(FUSE_WRITE, i, NODE, &in, sizeof in);
+        message_add(&message, "again", 5);
+        give(bench.kernel, &message);
+        await_begun(&bench.volume, i);
+        /* Other messages go through the buffer that it was read into. */
+        bench.volume.waits = false;
+        ask_write(&bench, 1000, "other");
+        expect_written(&bench, 1000, 5);
+        bench.volume.waits = true;
+        atomic_store(&bench.volume.failure, in_vain[i]);
+        land(&bench.volume, i - 1, -EAGAIN);
+        CHECK(is_handed_on(take(bench.libfuse), message));
+        atomic_store(&bench.volume.failure, 0);
+    }
+    CHECK(!readable(bench.kernel, 0));
+    bench_stop(&bench);
+}
+
+/* The thread that settles waits neither for the network nor for libfuse: others may be waiting for what has landed. */
+static void check_that_others_are_settled(struct bench *bench, unsigned count) {
+    for (unsigned i = 0; i < count; i++)
+        ask_write(bench, i + 1, "in vain");
+    await_begun(&bench->volume, count);
+    for (unsigned i = 0; i < count; i++)
+        land(&bench->volume, i, -EAGAIN);
+    ask_write(bench, 1000, "settles");
+    await_begun(&bench->volume, count + 1);
+    land(&bench->volume, count, 0);
+    expect_written(bench, 1000, 7);
+}
+
+static void test_what_waits_anew_holds_up_nobody(void) {
+    enum { COUNT = 2 * AF_ANEW_MAX };
+    struct bench bench;
+    bench_start_beginning(&bench, 1);
+    set_closed(&bench.volume, true);
+    check_that_others_are_settled(&bench, COUNT);
+    await_inside(&bench, AF_ANEW_MAX);
+    CHECK(!readable(bench.libfuse, 0));
+    set_closed(&bench.volume, false);
+    for (unsigned i = 0; i < COUNT; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    bench_stop(&bench);
+}
+
+static void test_a_full_socket_to_libfuse_holds_up_nothing_that_has_landed(void) {
+    struct bench bench;
+    bench_prepare(&bench, 1, -1);
+    int room = 1;
+    CHECK(setsockopt(bench.socket, SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+    CHECK(af_front_serve(bench.front) == 0);
+    bench.volume.waits = bench.volume.reads_wait = bench.volume.begins = true;
+    atomic_store(&bench.volume.failure, -ESHUTDOWN);
+    check_that_others_are_settled(&bench, AF_ANEW_MAX / 2);
+    for (unsigned i = 0; i < AF_ANEW_MAX / 2; i++)
+        CHECK_EQUAL(opcode_of(take(bench.libfuse)), FUSE_WRITE);
+    bench_stop(&bench);
+}
+
+static void test_only_so_many_are_begun_at_a_time(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 1);
+    for (unsigned i = 0; i < AF_BEGUN_MAX; i++)
+        ask_write(&bench, i + 1, "begun");
+    await_begun(&bench.volume, AF_BEGUN_MAX);
+    set_closed(&bench.volume, true);
+    ask_write(&bench, 1000, "on a thread");
+    await_inside(&bench, 1);
+    set_closed(&bench.volume, false);
+    expect_written(&bench, 1000, 11);
+    for (unsigned i = 0; i < AF_BEGUN_MAX; i++)
+        land(&bench.volume, i, 0);
+    for (unsigned i = 0; i < AF_BEGUN_MAX; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    pthread_mutex_lock(&bench.volume.mutex);
+    bench.volume.begun_count = 0;
+    pthread_mutex_unlock(&bench.volume.mutex);
+    /* And then others, as soon as those are counted off, a moment after they are answered. */
+    uint64_t unique = 2000;
+    for (ask_write(&bench, unique, "begun"); readable(bench.kernel, SHORT_MS); ask_write(&bench, ++unique, "begun"))
+        expect_written(&bench, unique, 5);
+    await_begun(&bench.volume, 1);
+    land(&bench.volume, 0, 0);
+    expect_written(&bench, unique, 5);
+    bench_stop(&bench);
+}
+
+static void *land_all(void *argument) {
+    struct ae_volume *volume = argument;
+    usleep(20000);
+    for (unsigned i = 0; i < 5; i++)
+        land(volume, i, 0);
+    return NULL;
+}
+
+static void test_stopping_answers_what_was_begun(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 2);
+    for (uint64_t unique = 1; unique <= 5; unique++)
+        ask_write(&bench, unique, "begun");
+    await_begun(&bench.volume, 5);
+    ask_write(&bench, 6, "in vain");
+    await_begun(&bench.volume, 6);
+    land(&bench.volume, 5, -EAGAIN);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, land_all, &bench.volume) == 0);
+    af_front_drain(bench.front);
+    for (int i = 0; i < 6; i++)
+        CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header) + sizeof(struct fuse_write_out));
+    CHECK(pthread_join(thread, NULL) == 0);
+    bench_stop(&bench);
+}
+
+static void test_unregistering_waits_for_what_was_begun(void) {
+    struct bench bench;
+    bench_start_beginning(&bench, 1);
+    ask_write(&bench, 1, "begun");
+    await_begun(&bench.volume, 1);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, unregister, &bench) == 0);
+    pthread_mutex_lock(&bench.volume.mutex);
+    bench.volume.reads_wait = false;
+    pthread_mutex_unlock(&bench.volume.mutex);
+    for (uint64_t unique = 2; is_let_in(&bench, unique); unique++)
+        continue;
+    CHECK_EQUAL(pthread_tryjoin_np(thread, NULL), EBUSY);
+    land(&bench.volume, 0, 0);
+    expect_written(&bench, 1, 5);
+    CHECK(pthread_join(thread, NULL) == 0);
+    bench_stop(&bench);
+}
+
 static void test_syncs_are_done_by_the_engine_unless_the_composer_has_to(void) {
     struct bench bench;
     bench_start(&bench, 1);
@@ -823,26 +1126,6 @@ static void test_syncs_are_done_by_the_engine_unless_the_composer_has_to(void) {
     for (int i = 0; i < 5; i++)
         CHECK_EQUAL(take(bench.kernel).length, sizeof(struct fuse_out_header));
     bench_stop(&bench);
-}
-
-static void *unregister(void *argument) {
-    struct bench *bench = argument;
-    af_front_unregister(bench->front, NODE);
-    CHECK_EQUAL(atomic_load(&bench->volume.inside), 0);
-    return NULL;
-}
-
-/* Whether a read is served, or goes to libfuse. */
-static bool is_let_in(struct bench *bench, uint64_t unique) {
-    ask_read(bench, unique, 0);
-    struct pollfd polled[2] = {{.fd = bench->kernel, .events = POLLIN}, {.fd = bench->libfuse, .events = POLLIN}};
-    CHECK(poll(polled, 2, LONG_MS) > 0);
-    if (polled[1].revents & POLLIN) {
-        take(bench->libfuse);
-        return false;
-    }
-    expect_read(bench, unique, 'a');
-    return true;
 }
 
 static void test_unregistering_waits_for_those_inside(void) {
@@ -1006,6 +1289,14 @@ int main(void) {
         {"writes that wait for a network", test_writes_that_wait_for_a_network_are_under_way_together_at_once},
         {"a network holds up no other volume", test_a_volume_behind_a_network_holds_up_no_other},
         {"stopping answers what is parked", test_stopping_answers_what_is_parked},
+        {"what is begun takes no thread", test_what_is_begun_takes_no_thread_and_is_answered_when_it_lands},
+        {"what was begun in vain", test_what_was_begun_in_vain_is_done_anew},
+        {"what is in vain anew", test_what_is_in_vain_anew_goes_to_the_composer_as_it_came},
+        {"what waits anew holds up nobody", test_what_waits_anew_holds_up_nobody},
+        {"a full socket holds up nothing landed", test_a_full_socket_to_libfuse_holds_up_nothing_that_has_landed},
+        {"only so many are begun at a time", test_only_so_many_are_begun_at_a_time},
+        {"stopping answers what was begun", test_stopping_answers_what_was_begun},
+        {"unregistering waits for what was begun", test_unregistering_waits_for_what_was_begun},
         {"syncs", test_syncs_are_done_by_the_engine_unless_the_composer_has_to},
         {"readers beside the seats", test_who_waited_for_a_network_reads_on_beside_the_seats_until_other_requests_come},
         {"unregistering waits for those inside", test_unregistering_waits_for_those_inside},

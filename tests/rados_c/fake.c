@@ -74,6 +74,8 @@ struct completion {
     pthread_cond_t changed;
     bool queued, done;
     int result;
+    void (*complete)(void *, void *); /* or NULL */
+    void *argument;
 };
 
 struct queued {
@@ -87,6 +89,7 @@ struct queued {
 struct client {
     char address[32];
     bool blocklisted, connected, stopping;
+    unsigned inside; /* calls that begin something, and have not returned */
     pthread_t workers[WORKERS];
     pthread_cond_t changed;
     struct queued *queue;
@@ -109,7 +112,7 @@ static struct rule rule;
 static char hold_part[64], stop_part[64];
 static unsigned delay_us, stopped, client_count, addresses_given;
 static long changes_left = -1, changes_done;
-static bool full;
+static bool full, keeping;
 static uint64_t draw = 88172645463325252u;
 
 /* Operations */
@@ -349,21 +352,30 @@ static void *work(void *argument) {
         pthread_mutex_lock(&completion->mutex);
         completion->done = true;
         completion->result = result;
+        void (*complete)(void *, void *) = completion->complete;
+        void *complete_argument = completion->argument;
         pthread_cond_broadcast(&completion->changed);
         pthread_mutex_unlock(&completion->mutex);
         op_free(job->op);
         free(job);
         pthread_cond_broadcast(&client->changed);
+        if (complete != NULL) {
+            pthread_mutex_unlock(&mutex);
+            complete(completion, complete_argument);
+            pthread_mutex_lock(&mutex);
+        }
     }
     pthread_mutex_unlock(&mutex);
     return NULL;
 }
 
 static int queue_op(struct io *io, const char *oid, struct completion *completion, struct op *op) {
+    struct client *client = io->client;
     struct queued *job = calloc(1, sizeof *job);
     INSIST(job != NULL);
     completion->queued = true;
     pthread_mutex_lock(&mutex);
+    client->inside++;
     name_of(io, oid, job->name);
     job->op = op;
     job->completion = completion;
@@ -371,7 +383,10 @@ static int queue_op(struct io *io, const char *oid, struct completion *completio
     while (*at != NULL)
         at = &(*at)->next;
     *at = job;
-    pthread_cond_broadcast(&io->client->changed);
+    pthread_cond_broadcast(&client->changed);
+    while (keeping)
+        pthread_cond_wait(&released, &mutex);
+    client->inside--;
     pthread_mutex_unlock(&mutex);
     return 0;
 }
@@ -429,7 +444,7 @@ API void rados_shutdown(void *cluster) {
     struct client *client = cluster;
     pthread_mutex_lock(&mutex);
     bool connected = client->connected;
-    INSIST(client->queue == NULL);
+    INSIST(client->queue == NULL && client->inside == 0);
     client->stopping = true;
     pthread_cond_broadcast(&client->changed);
     pthread_mutex_unlock(&mutex);
@@ -501,10 +516,12 @@ API int rados_stat(void *io, const char *oid, uint64_t *size, time_t *mtime) {
 API int rados_remove(void *io, const char *oid) { return run_and_free(io, oid, op_range(REMOVE, NULL, NULL, 0, 0)); }
 
 API int rados_aio_create_completion2(void *argument, void (*complete)(void *, void *), void **made) {
-    INSIST(argument == NULL && complete == NULL);
+    INSIST((argument == NULL) == (complete == NULL));
     struct completion *completion = calloc(1, sizeof *completion);
     if (completion == NULL)
         return -ENOMEM;
+    completion->complete = complete;
+    completion->argument = argument;
     pthread_mutex_init(&completion->mutex, NULL);
     pthread_cond_init(&completion->changed, NULL);
     *made = completion;
@@ -667,7 +684,7 @@ API void fake_reset(void) {
     delay_us = 0;
     changes_left = -1;
     changes_done = 0;
-    full = false;
+    full = keeping = false;
     pthread_mutex_unlock(&mutex);
 }
 
@@ -708,6 +725,13 @@ API void fake_arrive(void) {
 API void fake_stop(const char *part) {
     pthread_mutex_lock(&mutex);
     set_part(stop_part, part);
+    pthread_cond_broadcast(&released);
+    pthread_mutex_unlock(&mutex);
+}
+
+API void fake_keep(bool now) {
+    pthread_mutex_lock(&mutex);
+    keeping = now;
     pthread_cond_broadcast(&released);
     pthread_mutex_unlock(&mutex);
 }

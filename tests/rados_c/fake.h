@@ -30,6 +30,9 @@ void fake_stop(const char *part);
 /* How many wait. */
 unsigned fake_stopped(void);
 
+/* Calls that begin something do not return, although that is carried out, until it is over. */
+void fake_keep(bool keep);
+
 /* After this many more changes, none takes effect any more (EIO); -1: all do. */
 void fake_crash_after(long changes);
 /* How many took effect since the last fake_reset or fake_crash_after. */

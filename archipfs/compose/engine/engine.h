@@ -301,11 +301,41 @@ struct ae_statistics {
 
 void ae_volume_statistics(struct ae_volume *volume, struct ae_statistics *statistics);
 
+/*
+ * A read or write that goes on while no thread waits for it. `transfer.landed` is set by whoever begins it, who keeps
+ * this and the buffer until ae_settle has returned; the rest is the engine's.
+ */
+struct ae_begun {
+    struct ae_transfer transfer; /* first: what has landed is this */
+    struct ae_volume *volume;
+    struct ae_stack *stack;
+    struct ae_layer *layer;
+    struct ae_held_range *held; /* NULL: it needs no range, or reads */
+    bool writes;
+    size_t length;
+    uint64_t offset;
+};
+
+/*
+ * Begin what ae_read and ae_write do. 0: it lands, and has to be settled; until then it is inside the volume. -EAGAIN:
+ * nothing was begun, since it takes more than one transfer, or would have to wait first.
+ */
+int ae_read_begin(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset, struct ae_begun *begun);
+int ae_write_begin(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset,
+                   struct ae_begun *begun);
+/* What came of one that has landed, as ae_read and ae_write would say. -EAGAIN: unknown, it is to be done anew. Waits
+ * for no network. */
+ssize_t ae_settle(struct ae_begun *begun);
+
 /* What an endpoint in another module calls of the above. It is handed this table, and so needs no engine of its own. */
 struct ae_calls {
     ssize_t (*read)(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
     ssize_t (*read_nowait)(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset);
     ssize_t (*write)(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset);
+    int (*read_begin)(struct ae_volume *volume, void *buffer, size_t length, uint64_t offset, struct ae_begun *begun);
+    int (*write_begin)(struct ae_volume *volume, const void *buffer, size_t length, uint64_t offset,
+                       struct ae_begun *begun);
+    ssize_t (*settle)(struct ae_begun *begun);
     int (*discard)(struct ae_volume *volume, uint64_t offset, uint64_t length);
     int (*write_zeros)(struct ae_volume *volume, uint64_t offset, uint64_t length);
     int (*grow)(struct ae_volume *volume, uint64_t size);

@@ -483,6 +483,13 @@ int ae_layer_prepare(struct ae_layer *layer, uint64_t first, uint64_t end) {
     return 0;
 }
 
+bool ae_layer_is_prepared(const struct ae_layer *layer, uint64_t first, uint64_t end) {
+    for (uint64_t page = first / AE_PAGE_SECTORS; page * AE_PAGE_SECTORS < end; page++)
+        if (page_state(layer, page) == AE_PAGE_ABSENT)
+            return false;
+    return true;
+}
+
 void ae_layer_set(struct ae_layer *layer, uint64_t first, uint64_t end) {
     while (first < end) {
         uint64_t page = first / AE_PAGE_SECTORS;
@@ -570,6 +577,19 @@ int ae_layer_write_first(struct ae_layer *layer, const void *buffer, size_t leng
         offset += piece;
         length -= piece;
     }
+    return result;
+}
+
+int ae_layer_write_begin(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset,
+                         struct ae_transfer *transfer) {
+    const struct ae_object *data = &layer->data;
+    return data->ops->pwrite_begin != NULL ? data->ops->pwrite_begin(data->ctx, buffer, length, offset, transfer)
+                                           : -EAGAIN;
+}
+
+int ae_layer_write_settle(struct ae_layer *layer, struct ae_transfer *transfer) {
+    int result = layer->data.ops->settle(layer->data.ctx, transfer);
+    mark_data_dirty(layer);
     return result;
 }
 

@@ -74,12 +74,18 @@ int ae_layer_all_set(struct ae_layer *layer, uint64_t first, uint64_t end);
 int ae_layer_skip_clear(struct ae_layer *layer, uint64_t first, uint64_t end, uint64_t *found);
 /* Have the pages of [first, end) at hand, so that ae_layer_set cannot fail. */
 int ae_layer_prepare(struct ae_layer *layer, uint64_t first, uint64_t end);
+/* Whether they are. */
+bool ae_layer_is_prepared(const struct ae_layer *layer, uint64_t first, uint64_t end);
 /* Set bits whose pages were prepared and whose data was written. The caller holds the range. */
 void ae_layer_set(struct ae_layer *layer, uint64_t first, uint64_t end);
 
 int ae_layer_write(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset);
 /* As ae_layer_write, where something may be written for the first time. */
 int ae_layer_write_first(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset);
+/* -EAGAIN: not now, or never. */
+int ae_layer_write_begin(struct ae_layer *layer, const void *buffer, size_t length, uint64_t offset,
+                         struct ae_transfer *transfer);
+int ae_layer_write_settle(struct ae_layer *layer, struct ae_transfer *transfer);
 int ae_layer_punch(struct ae_layer *layer, uint64_t offset, uint64_t length);
 /* -EOPNOTSUPP where the layer's data object cannot take it from that one by itself. */
 int ae_layer_copy(struct ae_layer *layer, uint64_t offset, const struct ae_object *source, uint64_t from,

@@ -35,13 +35,27 @@ static void wait_until_free(struct ae_range_lock *lock, uint64_t first, uint64_t
     lock->waiting--;
 }
 
-void ae_range_acquire(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end) {
-    pthread_mutex_lock(&lock->mutex);
-    wait_until_free(lock, first, end);
+/* With the mutex held. */
+static void hold(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end) {
     *range = (struct ae_held_range){.first = first, .end = end, .next = lock->held};
     lock->held = range;
     atomic_fetch_add(&lock->count, 1);
+}
+
+void ae_range_acquire(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end) {
+    pthread_mutex_lock(&lock->mutex);
+    wait_until_free(lock, first, end);
+    hold(lock, range, first, end);
     pthread_mutex_unlock(&lock->mutex);
+}
+
+bool ae_range_try_acquire(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end) {
+    pthread_mutex_lock(&lock->mutex);
+    bool is_free = !is_held(lock, first, end);
+    if (is_free)
+        hold(lock, range, first, end);
+    pthread_mutex_unlock(&lock->mutex);
+    return is_free;
 }
 
 void ae_range_release(struct ae_range_lock *lock, struct ae_held_range *range) {
@@ -62,4 +76,13 @@ void ae_range_await(struct ae_range_lock *lock, uint64_t first, uint64_t end) {
     pthread_mutex_lock(&lock->mutex);
     wait_until_free(lock, first, end);
     pthread_mutex_unlock(&lock->mutex);
+}
+
+bool ae_range_is_free(struct ae_range_lock *lock, uint64_t first, uint64_t end) {
+    if (atomic_load(&lock->count) == 0)
+        return true;
+    pthread_mutex_lock(&lock->mutex);
+    bool is_free = !is_held(lock, first, end);
+    pthread_mutex_unlock(&lock->mutex);
+    return is_free;
 }

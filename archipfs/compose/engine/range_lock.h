@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Lives on the stack of the call that holds it. */
+/* Of the call that holds it, and there as long as it does. */
 struct ae_held_range {
     uint64_t first;
     uint64_t end;
@@ -29,8 +29,12 @@ int ae_range_lock_init(struct ae_range_lock *lock);
 void ae_range_lock_destroy(struct ae_range_lock *lock);
 /* Wait until nobody holds a part of [first, end), then hold it. */
 void ae_range_acquire(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end);
+/* As ae_range_acquire, but false instead of waiting. */
+bool ae_range_try_acquire(struct ae_range_lock *lock, struct ae_held_range *range, uint64_t first, uint64_t end);
 void ae_range_release(struct ae_range_lock *lock, struct ae_held_range *range);
 /* Wait until nobody holds a part of [first, end). Costs one load when nothing is held. */
 void ae_range_await(struct ae_range_lock *lock, uint64_t first, uint64_t end);
+/* Whether nobody holds a part of [first, end). */
+bool ae_range_is_free(struct ae_range_lock *lock, uint64_t first, uint64_t end);
 
 #endif

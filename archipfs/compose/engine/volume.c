@@ -94,15 +94,17 @@ void ae_stack_unhold(struct ae_volume *volume, struct ae_stack *stack) {
 /* Calls */
 
 int ae_call_begin(struct ae_volume *volume, enum ae_call_kind kind, struct ae_stack **stack) {
+    bool writes = kind == AE_CALL_WRITE || kind == AE_CALL_WRITE_NOWAIT;
+    bool nowait = kind == AE_CALL_READ_NOWAIT || kind == AE_CALL_WRITE_NOWAIT;
     int result = 0;
     pthread_mutex_lock(&volume->gate);
     volume->inside++;
     for (;;) {
-        if (kind == AE_CALL_WRITE && !volume->writable)
+        if (writes && !volume->writable)
             result = -EROFS;
-        else if (kind == AE_CALL_WRITE && atomic_load(&volume->failed) != 0)
+        else if (writes && atomic_load(&volume->failed) != 0)
             result = -atomic_load(&volume->failed);
-        else if (volume->paused && kind == AE_CALL_READ_NOWAIT)
+        else if (volume->paused && nowait)
             result = -EAGAIN;
         if (result < 0 || !volume->paused)
             break;

@@ -42,7 +42,7 @@ struct ae_volume {
     struct ae_range_lock ranges;
 };
 
-enum ae_call_kind { AE_CALL_READ, AE_CALL_READ_NOWAIT, AE_CALL_WRITE };
+enum ae_call_kind { AE_CALL_READ, AE_CALL_READ_NOWAIT, AE_CALL_WRITE, AE_CALL_WRITE_NOWAIT };
 
 /* What a call did, for the statistics and the size. */
 struct ae_outcome {

@@ -9,8 +9,7 @@ static void stripe_name(const char *key, uint64_t stripe, char name[STRIPE_NAME_
     snprintf(name, STRIPE_NAME_BYTES, "%s/%016" PRIx64, key, stripe);
 }
 
-/* What a read of one stripe means: what is not there is zeros. */
-static int settle_read(int got, char *buffer, size_t length, bool *missing) {
+int stripe_read_settle(int got, char *buffer, size_t length, bool *missing) {
     if (got == -ENOENT) {
         *missing = true;
         got = 0;
@@ -23,8 +22,7 @@ static int settle_read(int got, char *buffer, size_t length, bool *missing) {
     return 0;
 }
 
-/* What the result of a change means: one that had no answer may still take effect. */
-static int settle_change(struct ra_call *call, int result) {
+int stripe_change_settle(struct ra_call *call, int result) {
     if (result == -ETIMEDOUT)
         call->uncertain = true;
     return result < 0 ? result : 0;
@@ -35,14 +33,31 @@ int stripe_read(struct ra_call *call, const char *key, uint64_t stripe, void *bu
     char name[STRIPE_NAME_BYTES];
     stripe_name(key, stripe, name);
     int got = call->connection->library.read(call->connection->data, name, buffer, length, offset);
-    return settle_read(got, buffer, length, missing);
+    return stripe_read_settle(got, buffer, length, missing);
 }
 
 int stripe_write(struct ra_call *call, const char *key, uint64_t stripe, const void *buffer, size_t length,
                  uint64_t offset) {
     char name[STRIPE_NAME_BYTES];
     stripe_name(key, stripe, name);
-    return settle_change(call, call->connection->library.write(call->connection->data, name, buffer, length, offset));
+    return stripe_change_settle(call,
+                                call->connection->library.write(call->connection->data, name, buffer, length, offset));
+}
+
+int stripe_read_begin(struct ra_call *call, const char *key, uint64_t stripe, ra_completion completion, void *buffer,
+                      size_t length, uint64_t offset) {
+    char name[STRIPE_NAME_BYTES];
+    stripe_name(key, stripe, name);
+    struct ra_connection *connection = call->connection;
+    return connection->library.aio_read(connection->data, name, completion, buffer, length, offset);
+}
+
+int stripe_write_begin(struct ra_call *call, const char *key, uint64_t stripe, ra_completion completion,
+                       const void *buffer, size_t length, uint64_t offset) {
+    char name[STRIPE_NAME_BYTES];
+    stripe_name(key, stripe, name);
+    struct ra_connection *connection = call->connection;
+    return connection->library.aio_write(connection->data, name, completion, buffer, length, offset);
 }
 
 void batch_begin(struct batch *batch, struct ra_call *call, const char *key) {
@@ -64,14 +79,14 @@ static void finish_oldest(struct batch *batch) {
     batch->count--;
     switch (piece->kind) {
     case BATCH_READ:
-        result = settle_read(result, piece->buffer, piece->length, &batch->missing);
+        result = stripe_read_settle(result, piece->buffer, piece->length, &batch->missing);
         break;
     case BATCH_REMOVE:
-        result = result == -ENOENT ? 0 : settle_change(batch->call, result);
+        result = result == -ENOENT ? 0 : stripe_change_settle(batch->call, result);
         break;
     case BATCH_WRITE:
     case BATCH_ZERO:
-        result = settle_change(batch->call, result);
+        result = stripe_change_settle(batch->call, result);
         break;
     case BATCH_STAT:
         if (result == 0 && piece->size > 0 && piece->stripe * RA_STRIPE_BYTES + piece->size > batch->end)

@@ -51,7 +51,18 @@ void batch_stat(struct batch *batch, uint64_t stripe);
 /* Wait for all of them. The first error. */
 int batch_end(struct batch *batch);
 
-/* One alone, without a completion. `*missing` is set if the stripe is not there. */
+/* What the result of a read means: `*missing` is set if the stripe is not there, and its bytes are zeros. */
+int stripe_read_settle(int got, char *buffer, size_t length, bool *missing);
+/* What the result of a change means: one that had no answer may still take effect. */
+int stripe_change_settle(struct ra_call *call, int result);
+
+/* One alone, on a completion of the caller's. */
+int stripe_read_begin(struct ra_call *call, const char *key, uint64_t stripe, ra_completion completion, void *buffer,
+                      size_t length, uint64_t offset);
+int stripe_write_begin(struct ra_call *call, const char *key, uint64_t stripe, ra_completion completion,
+                       const void *buffer, size_t length, uint64_t offset);
+
+/* One alone, without a completion. */
 int stripe_read(struct ra_call *call, const char *key, uint64_t stripe, void *buffer, size_t length, uint64_t offset,
                 bool *missing);
 int stripe_write(struct ra_call *call, const char *key, uint64_t stripe, const void *buffer, size_t length,

@@ -22,7 +22,12 @@ static void disconnect(struct ra_connection *connection) {
     free(connection);
 }
 
-static void connection_drop(struct ra_connection *connection) {
+struct ra_connection *ra_connection_keep(struct ra_connection *connection) {
+    atomic_fetch_add_explicit(&connection->references, 1, memory_order_relaxed);
+    return connection;
+}
+
+void ra_connection_drop(struct ra_connection *connection) {
     if (atomic_fetch_sub_explicit(&connection->references, 1, memory_order_acq_rel) == 1)
         disconnect(connection);
 }
@@ -183,7 +188,7 @@ static void drop_reference(struct ra_client *client) {
         client->claims = claim->next;
         free(claim);
     }
-    connection_drop(client->connection);
+    ra_connection_drop(client->connection);
     pthread_cond_destroy(&client->changed);
     pthread_mutex_destroy(&client->mutex);
     free(client);
@@ -223,7 +228,7 @@ void ra_client_adopt(struct ra_client *client, struct ra_client *successor) {
     client->number++;
     pthread_cond_broadcast(&client->changed);
     pthread_mutex_unlock(&client->mutex);
-    connection_drop(former);
+    ra_connection_drop(former);
 }
 
 int ra_client_addresses(struct ra_client *client, char *addresses, size_t addresses_bytes) {
@@ -236,7 +241,7 @@ int ra_client_addresses(struct ra_client *client, char *addresses, size_t addres
         if (length < 0 || (size_t)length >= addresses_bytes)
             result = -ERANGE;
     }
-    connection_drop(connection);
+    ra_connection_drop(connection);
     return result;
 }
 
@@ -316,6 +321,10 @@ int ra_call_begin(struct ra_call *call) {
         }
         if (!shut_out && claim->number == client->number)
             break;
+        if (call->nowait) {
+            result = -EAGAIN;
+            break;
+        }
         if (!wait_for_change(call)) {
             result = -EIO;
             break;
@@ -349,6 +358,6 @@ bool ra_call_again(struct ra_call *call, int result) {
             pthread_cond_broadcast(&call->client->changed);
         pthread_mutex_unlock(&call->client->mutex);
     }
-    connection_drop(connection);
+    ra_connection_drop(connection);
     return result == -ESHUTDOWN && call->claim != NULL;
 }

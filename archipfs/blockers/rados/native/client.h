@@ -5,8 +5,9 @@
  * go of the last one shuts it down, so no call ever meets a connection that is being shut down.
  *
  * Lock order, for all files here:
- *     ra_data.gate → ra_data.sizing → ra_data.table → ra_client.mutex
- * Nothing waits for the cluster with `table` or `mutex` held.
+ *     ra_data.gate → ra_data.table → ra_client.mutex
+ * Nothing waits for the cluster with `table` or `mutex` held. The gate is passed, not locked: what was begun passes it
+ * on one thread, and leaves it on another.
  */
 #ifndef ARCHIPFS_RADOS_CLIENT_H
 #define ARCHIPFS_RADOS_CLIENT_H
@@ -69,6 +70,8 @@ struct ra_call {
     struct ra_client *client;
     /* Or NULL: not under a claim. */
     struct ra_claim *claim;
+    /* Begin gives -EAGAIN instead of waiting. */
+    bool nowait;
     /* Set by begin, until again. */
     struct ra_connection *connection;
     uint64_t number;
@@ -86,6 +89,10 @@ int ra_call_begin(struct ra_call *call);
 
 /* The call is over with `result`. True: it met its end by being shut out, and is to be made once more. */
 bool ra_call_again(struct ra_call *call, int result);
+
+/* Beyond the end of a call: for what may still be inside librados then. */
+struct ra_connection *ra_connection_keep(struct ra_connection *connection);
+void ra_connection_drop(struct ra_connection *connection);
 
 /* Objects keep their client, and the claim they were opened under. */
 int ra_client_use(struct ra_client *client, const char *claim_key, struct ra_claim **claim);

@@ -2,6 +2,7 @@
  * Data objects and packs as the engine takes them. Of errnos that only say how the cluster could not be reached, a
  * guest gets EIO. That something is missing, or that we were shut out (ESHUTDOWN), is for the composer to know.
  */
+#include "begun.h"
 #include "pack.h"
 #include "striped.h"
 
@@ -40,6 +41,21 @@ static int data_pwrite_each(void *ctx, const struct ae_write *writes, size_t cou
     return outward(ra_data_write_each(ctx, writes, count));
 }
 
+static int data_pread_begin(void *ctx, void *buffer, size_t length, uint64_t offset, struct ae_transfer *transfer) {
+    return ra_data_read_begin(ctx, buffer, length, offset, transfer) ? 0 : -EAGAIN;
+}
+
+static int data_pwrite_begin(void *ctx, const void *buffer, size_t length, uint64_t offset,
+                             struct ae_transfer *transfer) {
+    return ra_data_write_begin(ctx, buffer, length, offset, transfer) ? 0 : -EAGAIN;
+}
+
+static int data_settle(void *ctx, struct ae_transfer *transfer) {
+    bool anew;
+    int result = ra_data_settle(ctx, transfer, &anew);
+    return anew ? -EAGAIN : outward(result);
+}
+
 static int data_punch(void *ctx, uint64_t offset, uint64_t length) {
     return outward(ra_data_punch(ctx, offset, length));
 }
@@ -68,6 +84,9 @@ static const struct ae_object_ops data_ops = {
     .pread = data_pread,
     .pwrite = data_pwrite,
     .pwrite_each = data_pwrite_each,
+    .pread_begin = data_pread_begin,
+    .pwrite_begin = data_pwrite_begin,
+    .settle = data_settle,
     .punch = data_punch,
     .truncate = data_truncate,
     .flush = data_flush,

@@ -12,19 +12,6 @@
 
 /* Opening and closing */
 
-static int make_gate(pthread_rwlock_t *gate) {
-    pthread_rwlockattr_t attributes;
-    int result = pthread_rwlockattr_init(&attributes);
-    if (result != 0)
-        return -result;
-    /* Else whoever truncates waits for as long as there are writers. */
-    result = pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    if (result == 0)
-        result = pthread_rwlock_init(gate, &attributes);
-    pthread_rwlockattr_destroy(&attributes);
-    return -result;
-}
-
 static int data_make(struct ra_client *client, const char *key, bool writable, const char *claim,
                      struct ra_data **made) {
     int result = ra_check_length(key, RA_KEY_BYTES_MAX);
@@ -37,7 +24,7 @@ static int data_make(struct ra_client *client, const char *key, bool writable, c
     data->client = client;
     data->writable = writable;
     memcpy(data->key, key, strlen(key) + 1);
-    result = make_gate(&data->gate);
+    result = ra_gate_init(&data->gate);
     if (result < 0)
         goto no_gate;
     result = -pthread_mutex_init(&data->table, NULL);
@@ -57,7 +44,7 @@ no_client:
 no_condition:
     pthread_mutex_destroy(&data->table);
 no_table:
-    pthread_rwlock_destroy(&data->gate);
+    ra_gate_destroy(&data->gate);
 no_gate:
     free(data);
     return result;
@@ -69,7 +56,7 @@ void ra_data_close(struct ra_data *data) {
     ra_client_unuse(data->client, data->claim);
     pthread_cond_destroy(&data->marked);
     pthread_mutex_destroy(&data->table);
-    pthread_rwlock_destroy(&data->gate);
+    ra_gate_destroy(&data->gate);
     free(data->stripes);
     free(data);
 }
@@ -226,6 +213,13 @@ static bool all_set(const struct ra_data *data, struct stripe_range range) {
     return true;
 }
 
+bool ra_data_may_have(struct ra_data *data, uint64_t stripe) {
+    pthread_mutex_lock(&data->table);
+    bool set = stripe < data->stripe_count && data->stripes[stripe] != 0;
+    pthread_mutex_unlock(&data->table);
+    return set;
+}
+
 /* With the table held, which is given back meanwhile: set what has been asked for, `own` in any case. */
 static void set_marks(struct ra_call *call, struct ra_data *data, struct mark *own) {
     struct mark *taken[MARKS_AT_ONCE];
@@ -314,7 +308,7 @@ static int write_stripes(struct ra_call *call, struct ra_data *data, const char 
 
 static int write_all(struct ra_call *call, struct ra_data *data, const char *buffer, size_t length, uint64_t offset) {
     int result = 0;
-    pthread_rwlock_rdlock(&data->gate);
+    ra_gate_enter(&data->gate);
     while (result == 0 && length > 0) {
         size_t piece = HEADER_RANGE_MAX * STRIPE - offset % STRIPE;
         piece = piece < length ? piece : length;
@@ -323,7 +317,7 @@ static int write_all(struct ra_call *call, struct ra_data *data, const char *buf
         offset += piece;
         length -= piece;
     }
-    pthread_rwlock_unlock(&data->gate);
+    ra_gate_leave(&data->gate);
     return result;
 }
 
@@ -346,7 +340,7 @@ int ra_data_write(struct ra_data *data, const void *buffer, size_t length, uint6
 /* As write_all, for pieces anywhere: all of them are on their way at once. */
 static int write_each(struct ra_call *call, struct ra_data *data, const struct ae_write *writes, size_t count) {
     int result = 0;
-    pthread_rwlock_rdlock(&data->gate);
+    ra_gate_enter(&data->gate);
     for (size_t i = 0; result == 0 && i < count; i++) {
         uint64_t last = (writes[i].offset + writes[i].length - 1) / STRIPE;
         for (uint64_t stripe = writes[i].offset / STRIPE; result == 0 && stripe <= last; stripe++)
@@ -368,7 +362,7 @@ static int write_each(struct ra_call *call, struct ra_data *data, const struct a
         }
         result = batch_end(&batch);
     }
-    pthread_rwlock_unlock(&data->gate);
+    ra_gate_leave(&data->gate);
     return result;
 }
 
@@ -422,14 +416,14 @@ static int find_size(struct ra_call *call, const char *key, const struct header 
 /* What one look at the header tells; `*stripes` is to be freed. */
 static int look(struct ra_call *call, struct ra_data *data, uint64_t *size, unsigned char **stripes, uint64_t *count) {
     struct header header;
-    pthread_rwlock_rdlock(&data->gate);
+    ra_gate_enter(&data->gate);
     int result = read_live(call, data->key, &header, stripes, count);
     if (result == 0) {
         result = find_size(call, data->key, &header, *stripes, *count, size);
         if (result < 0)
             free(*stripes);
     }
-    pthread_rwlock_unlock(&data->gate);
+    ra_gate_leave(&data->gate);
     return result;
 }
 
@@ -519,20 +513,13 @@ static int pin_size(struct ra_call *call, struct ra_data *data) {
     return result < 0 || size == header.size ? result : put_size(call, data, size);
 }
 
-static bool may_exist(struct ra_data *data, uint64_t stripe) {
-    pthread_mutex_lock(&data->table);
-    bool set = stripe < data->stripe_count && data->stripes[stripe] != 0;
-    pthread_mutex_unlock(&data->table);
-    return set;
-}
-
 static int punch_stripes(struct ra_call *call, struct ra_data *data, uint64_t offset, uint64_t end) {
     struct batch batch;
     batch_begin(&batch, call, data->key);
     while (offset < end) {
         uint64_t stripe = offset / STRIPE, length = STRIPE - offset % STRIPE;
         length = length < end - offset ? length : end - offset;
-        if (may_exist(data, stripe)) {
+        if (ra_data_may_have(data, stripe)) {
             if (length == STRIPE)
                 batch_remove(&batch, stripe);
             else
@@ -558,21 +545,25 @@ static int punch(struct ra_call *call, struct ra_data *data, uint64_t offset, ui
     uint64_t end = offset + length;
     bool pinned;
     int result = 0;
-    pthread_rwlock_rdlock(&data->gate);
+    ra_gate_enter(&data->gate);
     if (!know_stripes(data, offset, &end, &pinned)) {
         result = reload(call, data);
         end = offset + length;
         know_stripes(data, offset, &end, &pinned);
     }
     /* An OSD cuts a stripe whose end is zeroed, and would so make the object shorter. */
-    if (result == 0 && offset < end && !pinned) {
-        pthread_rwlock_unlock(&data->gate);
-        pthread_rwlock_wrlock(&data->gate);
+    bool alone = result == 0 && offset < end && !pinned;
+    if (alone) {
+        ra_gate_leave(&data->gate);
+        ra_gate_close(&data->gate);
         result = pin_size(call, data);
     }
     if (result == 0)
         result = punch_stripes(call, data, offset, end);
-    pthread_rwlock_unlock(&data->gate);
+    if (alone)
+        ra_gate_open(&data->gate);
+    else
+        ra_gate_leave(&data->gate);
     return result;
 }
 
@@ -627,9 +618,9 @@ int ra_data_truncate(struct ra_data *data, uint64_t size) {
     struct ra_call call = {.client = data->client, .claim = data->claim};
     do
         if ((result = ra_call_begin(&call)) == 0) {
-            pthread_rwlock_wrlock(&data->gate);
+            ra_gate_close(&data->gate);
             result = truncate_alone(&call, data, size);
-            pthread_rwlock_unlock(&data->gate);
+            ra_gate_open(&data->gate);
         }
     while (ra_call_again(&call, result));
     return result;

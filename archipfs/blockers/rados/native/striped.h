@@ -6,6 +6,7 @@
 #define ARCHIPFS_RADOS_STRIPED_H
 
 #include "client.h"
+#include "gate.h"
 #include "header.h"
 
 /* Stripes that somebody is about to write for the first time. */
@@ -24,7 +25,7 @@ struct ra_data {
     char key[RA_KEY_BYTES_MAX + 1];
 
     /* Held alone by whoever changes the size in the header; else shared. */
-    pthread_rwlock_t gate;
+    struct ra_gate gate;
 
     /* Guards all that follows. */
     pthread_mutex_t table;
@@ -38,5 +39,8 @@ struct ra_data {
     struct mark *marks;
     bool marking;
 };
+
+/* Whether the byte of a stripe is known to be set; if not, nothing is to be written there yet. */
+bool ra_data_may_have(struct ra_data *data, uint64_t stripe);
 
 #endif

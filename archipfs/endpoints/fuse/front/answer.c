@@ -96,6 +96,26 @@ bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry
     return true;
 }
 
+bool af_serve_begin(const struct ae_calls *engine, struct af_kept *kept) {
+    struct ae_volume *volume = kept->entry->volume;
+    const struct af_request *request = &kept->request;
+    size_t length = (size_t)request->length;
+    if (request->kind == AF_READ)
+        return engine->read_begin(volume, kept->room, length, request->offset, &kept->begun) == 0;
+    return engine->write_begin(volume, request->data, length, request->offset, &kept->begun) == 0;
+}
+
+void af_settle(const struct ae_calls *engine, struct af_kept *kept, struct af_result *result) {
+    ssize_t done = engine->settle(&kept->begun);
+    if (kept->request.kind == AF_READ) {
+        set_read(result, done, kept->room);
+        return;
+    }
+    *result = (struct af_result){.error = done < 0 ? (int)done : 0};
+    if (done >= 0)
+        set_body(result, &(struct fuse_write_out){.size = (uint32_t)done});
+}
+
 void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
               void *buffer, struct af_result *result) {
     struct ae_volume *volume = entry->volume;

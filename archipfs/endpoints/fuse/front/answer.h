@@ -2,6 +2,7 @@
 #ifndef ARCHIPFS_FRONT_ANSWER_H
 #define ARCHIPFS_FRONT_ANSWER_H
 
+#include "kept.h"
 #include "table.h"
 #include "wire.h"
 
@@ -34,5 +35,10 @@ bool af_serve_nowait(const struct ae_calls *engine, const struct af_entry *entry
  */
 void af_serve(const struct ae_calls *engine, const struct af_entry *entry, const struct af_request *request,
               void *buffer, struct af_result *result);
+
+/* Begin a READ or WRITE that is kept, as engine.h has it; false: it is for af_serve. */
+bool af_serve_begin(const struct ae_calls *engine, struct af_kept *kept);
+/* What to answer when it has landed. -EAGAIN: it has to be done anew. */
+void af_settle(const struct ae_calls *engine, struct af_kept *kept, struct af_result *result);
 
 #endif

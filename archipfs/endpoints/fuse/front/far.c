@@ -1,27 +1,12 @@
 /* See far.h. One mutex, held for a few instructions. */
 #include "far.h"
 
-#include <stdlib.h>
-#include <string.h>
-
 int af_far_init(struct af_far *far) {
     *far = (struct af_far){.end = &far->first};
     return -pthread_mutex_init(&far->mutex, NULL);
 }
 
 void af_far_destroy(struct af_far *far) { pthread_mutex_destroy(&far->mutex); }
-
-struct af_parked *af_parked_make(struct af_entry *entry, const struct af_request *request, const char *message,
-                                 size_t length) {
-    struct af_parked *parked = malloc(sizeof *parked + length);
-    if (parked == NULL)
-        return NULL;
-    *parked = (struct af_parked){.entry = entry, .request = *request, .length = length};
-    memcpy(parked->message, message, length);
-    if (request->data != NULL)
-        parked->request.data = parked->message + ((const char *)request->data - message);
-    return parked;
-}
 
 bool af_far_is_full(struct af_far *far) {
     pthread_mutex_lock(&far->mutex);
@@ -30,7 +15,7 @@ bool af_far_is_full(struct af_far *far) {
     return full;
 }
 
-bool af_far_enter(struct af_far *far, struct af_parked *parked) {
+bool af_far_enter(struct af_far *far, struct af_kept *parked) {
     pthread_mutex_lock(&far->mutex);
     bool enters = far->under_way < AF_FAR_MAX || parked == NULL;
     if (enters) {
@@ -43,9 +28,9 @@ bool af_far_enter(struct af_far *far, struct af_parked *parked) {
     return enters;
 }
 
-struct af_parked *af_far_leave(struct af_far *far) {
+struct af_kept *af_far_leave(struct af_far *far) {
     pthread_mutex_lock(&far->mutex);
-    struct af_parked *parked = far->first;
+    struct af_kept *parked = far->first;
     if (parked == NULL) {
         far->under_way--;
     } else {

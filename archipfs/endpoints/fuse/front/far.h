@@ -7,41 +7,27 @@
 #define ARCHIPFS_FRONT_FAR_H
 
 #include "front.h"
-#include "wire.h"
+#include "kept.h"
 
 #include <pthread.h>
 
 #define AF_FAR_MAX (AF_THREADS_MAX - 16u)
 
-struct af_entry;
-
-struct af_parked {
-    struct af_parked *next;
-    struct af_entry *entry; /* it is inside */
-    struct af_request request;
-    size_t length;
-    char message[]; /* a copy, which the request's data lies in */
-};
-
 struct af_far {
     pthread_mutex_t mutex;
     uint32_t under_way;
-    struct af_parked *first, **end;
+    struct af_kept *first, **end;
 };
 
 int af_far_init(struct af_far *far);
 /* Nobody is in it any more, and nobody is parked. */
 void af_far_destroy(struct af_far *far);
 
-/* NULL: there is no memory. Freed by whoever carries it out. */
-struct af_parked *af_parked_make(struct af_entry *entry, const struct af_request *request, const char *message,
-                                 size_t length);
-
 /* Whether somebody who comes now would be parked. */
 bool af_far_is_full(struct af_far *far);
 /* True: go on, and leave afterwards. False: `parked` was kept, and is not the caller's any more. NULL is never kept. */
-bool af_far_enter(struct af_far *far, struct af_parked *parked);
+bool af_far_enter(struct af_far *far, struct af_kept *parked);
 /* Whose turn it is: the caller carries it out, and leaves once more. NULL: nobody's, and the caller has left. */
-struct af_parked *af_far_leave(struct af_far *far);
+struct af_kept *af_far_leave(struct af_far *far);
 
 #endif

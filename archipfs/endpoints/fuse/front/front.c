@@ -18,14 +18,17 @@
  *
  * FUSE_INTERRUPT is dropped: pyfuse3 has no use for it, and what is served here ends soon by itself.
  *
- * Locks: those of table.c, pending.c, seats.c and far.c, each held for a few instructions and never one inside another.
+ * Locks: those of table.c, pending.c, seats.c, far.c, landing.c and anew.c, each held for a few instructions and never
+ * one inside another.
  */
 #include "front.h"
 
+#include "anew.h"
 #include "answer.h"
 #include "buffer.h"
 #include "engine.h"
 #include "far.h"
+#include "landing.h"
 #include "pending.h"
 #include "seats.h"
 #include "session.h"
@@ -58,15 +61,15 @@ struct af_front {
     struct af_pending pending;
     struct af_seats seats;
     struct af_far far;
+    struct af_landing landing;
+    struct af_anew anew;
     pthread_t relay;
     pthread_t notifier;
 };
 
 /* Servers */
 
-static void count(_Atomic uint64_t *counter) {
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
-}
+static void count(_Atomic uint64_t *counter) { atomic_fetch_add_explicit(counter, 1, memory_order_relaxed); }
 
 /* pyfuse3 has no handler for these: libfuse would answer ENOSYS, and the kernel never ask again, for no volume. */
 static int refusal_of(enum af_kind kind) {
@@ -130,10 +133,10 @@ static int forward(struct af_front *front, const struct af_request *request, cha
     return error < 0 ? error : hand_to_libfuse(front, request, message, length);
 }
 
-static void pass_on(struct af_server *server, const struct af_request *request, char *message, size_t length) {
-    struct af_front *front = server->context;
+static void pass_on(struct af_front *front, const struct af_request *request, char *message, size_t length,
+                    struct af_counts *counts) {
     int error = forward(front, request, message, length);
-    count(&server->forwarded);
+    count(&counts->forwarded);
     if (error < 0 && error != -ESHUTDOWN && request->answered)
         af_answer(front->options.device, request->unique, error, NULL, 0);
 }
@@ -141,10 +144,10 @@ static void pass_on(struct af_server *server, const struct af_request *request, 
 /* Whoever has a disk open is not told that it is not there, or what it lies in. */
 static int outward(int error) { return error == -ENOENT || error == -ESTALE || error == -ESHUTDOWN ? -EIO : error; }
 
-static void answer(struct af_server *server, const struct af_request *request, const struct af_result *result) {
-    const struct af_front *front = server->context;
+static void answer(const struct af_front *front, const struct af_request *request, const struct af_result *result,
+                   struct af_counts *counts) {
     af_answer(front->options.device, request->unique, outward(result->error), result->data, result->length);
-    count(&server->served);
+    count(&counts->served);
 }
 
 /*
@@ -165,33 +168,85 @@ static bool is_for_composer(const struct af_request *request, const struct af_re
 }
 
 /* Inside the entry, which it leaves. */
-static void carry_out(struct af_server *server, struct af_entry *entry, const struct af_request *request, char *message,
-                      size_t length) {
-    struct af_front *front = server->context;
+static void carry_out(struct af_front *front, struct af_entry *entry, const struct af_request *request, char *message,
+                      size_t length, char *buffer, struct af_counts *counts) {
     struct af_result result;
-    /* The request was read whole, or copied: what a read finds goes over it. */
-    af_serve(front->options.engine, entry, request, server->buffer + front->page_bytes, &result);
+    af_serve(front->options.engine, entry, request, buffer, &result);
     af_table_leave(&front->table, entry);
     if (is_for_composer(request, &result))
-        pass_on(server, request, message, length);
+        pass_on(front, request, message, length, counts);
     else
-        answer(server, request, &result);
+        answer(front, request, &result, counts);
+}
+
+static void carry_out_here(struct af_server *server, struct af_entry *entry, const struct af_request *request,
+                           char *message, size_t length) {
+    struct af_front *front = server->context;
+    /* The request was read whole, or copied: what a read finds goes over it. */
+    carry_out(front, entry, request, message, length, server->buffer + front->page_bytes, &server->counts);
+}
+
+/* A request that was begun has landed. Settling waits for nothing; whoever does it anew may. */
+static void settle(struct af_kept *kept) {
+    struct af_front *front = kept->context;
+    struct af_result result;
+    af_settle(front->options.engine, kept, &result);
+    if (result.error == -EAGAIN || is_for_composer(&kept->request, &result)) {
+        af_anew_add(&front->anew, kept);
+        return;
+    }
+    af_table_leave(&front->table, kept->entry);
+    answer(front, &kept->request, &result, &front->landing.counts);
+    free(kept);
+}
+
+static void do_anew(struct af_kept *kept) {
+    struct af_front *front = kept->context;
+    carry_out(front, kept->entry, &kept->request, kept->message, kept->length, kept->room, &front->anew.counts);
+    free(kept);
+}
+
+static void landed(struct ae_transfer *transfer) {
+    struct af_kept *kept = (struct af_kept *)transfer;
+    struct af_front *front = kept->context;
+    af_landing_land(&front->landing, kept);
+}
+
+/* Whether it goes on by itself from here: then it has been inside the entry for as long as it takes. */
+static bool begin(struct af_front *front, struct af_entry *entry, const struct af_request *request, const char *message,
+                  size_t length) {
+    bool reads = request->kind == AF_READ;
+    if ((!reads && request->kind != AF_WRITE) || request->length > AF_BEGUN_BYTES_MAX ||
+        !af_landing_enter(&front->landing))
+        return false;
+    struct af_kept *kept = af_kept_make(entry, request, message, length, reads ? request->length : 0);
+    bool begun = false;
+    if (kept != NULL) {
+        kept->context = front;
+        kept->begun.transfer.landed = landed;
+        begun = af_serve_begin(front->options.engine, kept);
+    }
+    if (!begun) {
+        af_landing_leave(&front->landing);
+        free(kept);
+    }
+    return begun;
 }
 
 /* As carry_out, on a volume behind a network, and after that those who were parked meanwhile. */
 static void carry_out_far(struct af_server *server, struct af_entry *entry, const struct af_request *request,
                           char *message, size_t length) {
     struct af_front *front = server->context;
-    struct af_parked *parked = NULL;
+    struct af_kept *parked = NULL;
     if (af_far_is_full(&front->far))
-        parked = af_parked_make(entry, request, message, length);
+        parked = af_kept_make(entry, request, message, length, 0);
     if (!af_far_enter(&front->far, parked))
         return;
     free(parked);
     af_call_is_far(server);
-    carry_out(server, entry, request, message, length);
+    carry_out_here(server, entry, request, message, length);
     while ((parked = af_far_leave(&front->far)) != NULL) {
-        carry_out(server, parked->entry, &parked->request, parked->message, parked->length);
+        carry_out_here(server, parked->entry, &parked->request, parked->message, parked->length);
         free(parked);
     }
 }
@@ -209,13 +264,14 @@ static bool serve(struct af_server *server, const struct af_request *request, ch
         af_table_leave(&front->table, entry);
         if (is_for_composer(request, &result))
             return false;
-        answer(server, request, &result);
+        answer(front, request, &result, &server->counts);
     } else if (engine->waits(entry->volume)) {
-        carry_out_far(server, entry, request, message, length);
+        if (!begin(front, entry, request, message, length))
+            carry_out_far(server, entry, request, message, length);
     } else {
         if (reads || request->kind == AF_SYNC)
             af_call_waits(server);
-        carry_out(server, entry, request, message, length);
+        carry_out_here(server, entry, request, message, length);
     }
     return true;
 }
@@ -227,7 +283,7 @@ static void handle(struct af_server *server, char *message, size_t length) {
     if (error == -EBADMSG || (error == 0 && request.kind == AF_INTERRUPT))
         return;
     if (error == 0 && !serve(server, &request, message, length))
-        pass_on(server, &request, message, length);
+        pass_on(front, &request, message, length, &server->counts);
     if (error < 0 && request.answered)
         af_answer(front->options.device, request.unique, error, NULL, 0);
 }
@@ -358,8 +414,21 @@ static int init_parts(struct af_front *front) {
     int result = af_far_init(&front->far);
     if (result < 0)
         return result;
+    result = af_landing_init(&front->landing, settle);
+    if (result < 0) {
+        af_far_destroy(&front->far);
+        return result;
+    }
+    result = af_anew_init(&front->anew, do_anew);
+    if (result < 0) {
+        af_landing_destroy(&front->landing);
+        af_far_destroy(&front->far);
+        return result;
+    }
     result = af_table_init(&front->table);
     if (result < 0) {
+        af_anew_destroy(&front->anew);
+        af_landing_destroy(&front->landing);
         af_far_destroy(&front->far);
         return result;
     }
@@ -372,6 +441,8 @@ static int init_parts(struct af_front *front) {
         af_pending_destroy(&front->pending);
     }
     af_table_destroy(&front->table);
+    af_anew_destroy(&front->anew);
+    af_landing_destroy(&front->landing);
     af_far_destroy(&front->far);
     return result;
 }
@@ -380,6 +451,8 @@ static void destroy_parts(struct af_front *front) {
     af_seats_destroy(&front->seats);
     af_pending_destroy(&front->pending);
     af_table_destroy(&front->table);
+    af_anew_destroy(&front->anew);
+    af_landing_destroy(&front->landing);
     af_far_destroy(&front->far);
 }
 
@@ -435,6 +508,10 @@ int af_front_start(const struct af_options *options, struct af_front **started) 
 
 int af_front_serve(struct af_front *front) {
     int result = front->resumed ? af_ask_resend(front->options.device) : 0;
+    if (result == 0)
+        result = af_anew_start(&front->anew);
+    if (result == 0)
+        result = af_landing_start(&front->landing);
     return result < 0 ? result : af_seats_start(&front->seats);
 }
 
@@ -461,6 +538,8 @@ void af_front_drain(struct af_front *front) {
     shutdown(front->options.socket, SHUT_WR);
     shutdown(front->options.upcalls, SHUT_WR);
     af_seats_stop(&front->seats);
+    af_landing_stop(&front->landing);
+    af_anew_stop(&front->anew);
 }
 
 void af_front_stop(struct af_front *front) {
@@ -471,13 +550,17 @@ void af_front_stop(struct af_front *front) {
     free_front(front);
 }
 
+static void add_counts(struct af_statistics *statistics, struct af_counts *counts) {
+    statistics->served += atomic_load_explicit(&counts->served, memory_order_relaxed);
+    statistics->forwarded += atomic_load_explicit(&counts->forwarded, memory_order_relaxed);
+}
+
 void af_front_statistics(struct af_front *front, struct af_statistics *statistics) {
     *statistics = (struct af_statistics){.volumes = af_table_count(&front->table)};
-    for (uint32_t i = 0; i < AF_THREADS_MAX; i++) {
-        struct af_server *server = &front->seats.servers[i];
-        statistics->served += atomic_load_explicit(&server->served, memory_order_relaxed);
-        statistics->forwarded += atomic_load_explicit(&server->forwarded, memory_order_relaxed);
-    }
+    add_counts(statistics, &front->landing.counts);
+    add_counts(statistics, &front->anew.counts);
+    for (uint32_t i = 0; i < AF_THREADS_MAX; i++)
+        add_counts(statistics, &front->seats.servers[i].counts);
     statistics->threads = af_seats_threads(&front->seats);
     statistics->seated = atomic_load(&front->seats.seated);
 }

@@ -25,6 +25,12 @@
 
 struct af_seats;
 
+/* Requests, by who carried them out. */
+struct af_counts {
+    _Atomic uint64_t served;
+    _Atomic uint64_t forwarded;
+};
+
 /* A thread of the pool, with its buffer. */
 struct af_server {
     alignas(64) struct af_seats *seats;
@@ -34,8 +40,7 @@ struct af_server {
     /* 0: not in a call. Else twice the call's number, plus one if the seat was given away. */
     _Atomic uint64_t call;
     _Atomic uint64_t calls; /* ever begun; written by the thread itself */
-    _Atomic uint64_t served;
-    _Atomic uint64_t forwarded;
+    struct af_counts counts;
     uint64_t seen_call; /* the watch's: what it saw last */
     bool far;           /* the thread's own: its call waits for a network */
 };
