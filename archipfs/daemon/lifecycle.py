@@ -28,7 +28,7 @@ from archipfs.errors import ArchipError, Busy, DaemonError, NotFound, NotSupport
 
 log = structlog.get_logger()
 
-END_SECONDS = 60.0
+END_SECONDS = 300.0
 """How long an unmount may take to flush before we stop waiting for it."""
 UPGRADE_SECONDS = 60.0
 """How long a supervisor may take to answer; it sets itself shorter limits."""

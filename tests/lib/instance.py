@@ -27,7 +27,8 @@ from tests.lib.waiting import wait_until
 
 TEMPORARY = Path("/var/tmp")
 """On a disk: /tmp may be a tmpfs, which has no O_DIRECT and forgets nothing that was not synced."""
-COMMAND_SECONDS = 120.0
+COMMAND_SECONDS = 320.0
+"""More than an unmount gives the daemon to end."""
 
 _PACKAGE_PARENT = Path(archipfs.__file__).parents[1]
 
