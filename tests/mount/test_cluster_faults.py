@@ -349,3 +349,19 @@ def test_a_pool_that_is_deleted_harms_no_other_backend(make_instance: MakeInstan
         stream.write(descriptor)
     with within(MORE_SECONDS):
         mount.umount()
+
+
+def test_over_an_encrypted_connection_reads_of_any_length_succeed(
+    make_instance: MakeInstance, ceph_cluster: Cluster, tmp_path: Path
+) -> None:
+    """librados hands what was read then over in pieces."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(f"{ceph_cluster.conf.read_text()}\n[client]\nms_client_mode = secure\n")
+    mount = make_instance(rados={**ceph_cluster.options(), "conf": str(conf)}).mount()
+    content = os.urandom(5 * MIB)
+    volume = create(mount.path / "vm", VOLUME_BYTES)
+    with opened(volume, os.O_RDWR | os.O_DIRECT) as descriptor:
+        os.pwrite(descriptor, content, 0)
+        for length in (1, 15, 16, 17, 1000, 4095, 65537):
+            for offset in (0, 7, SECTOR_BYTES, 4 * MIB - 3):
+                assert os.pread(descriptor, length, offset) == content[offset : offset + length]

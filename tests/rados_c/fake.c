@@ -112,7 +112,7 @@ static struct rule rule;
 static char hold_part[64], stop_part[64];
 static unsigned delay_us, stopped, client_count, addresses_given;
 static long changes_left = -1, changes_done;
-static bool full, keeping;
+static bool full, keeping, encrypts;
 static uint64_t draw = 88172645463325252u;
 
 /* Operations */
@@ -344,6 +344,8 @@ static void *work(void *argument) {
         }
         job->running = true;
         int result = op_run(client, job->name, job->op);
+        if (encrypts && job->op->steps[0].kind == READ && result > 0 && result % 16 != 0)
+            result = -ERANGE;
         struct queued **at = &client->queue;
         while (*at != job)
             at = &(*at)->next;
@@ -684,7 +686,7 @@ API void fake_reset(void) {
     delay_us = 0;
     changes_left = -1;
     changes_done = 0;
-    full = keeping = false;
+    full = keeping = encrypts = false;
     pthread_mutex_unlock(&mutex);
 }
 
@@ -733,6 +735,12 @@ API void fake_keep(bool now) {
     pthread_mutex_lock(&mutex);
     keeping = now;
     pthread_cond_broadcast(&released);
+    pthread_mutex_unlock(&mutex);
+}
+
+API void fake_encrypt(void) {
+    pthread_mutex_lock(&mutex);
+    encrypts = true;
     pthread_mutex_unlock(&mutex);
 }
 

@@ -33,6 +33,9 @@ unsigned fake_stopped(void);
 /* Calls that begin something do not return, although that is carried out, until it is over. */
 void fake_keep(bool keep);
 
+/* As with ms_client_mode = secure: an asynchronous read fails (ERANGE) that finds no multiple of 16 bytes. */
+void fake_encrypt(void);
+
 /* After this many more changes, none takes effect any more (EIO); -1: all do. */
 void fake_crash_after(long changes);
 /* How many took effect since the last fake_reset or fake_crash_after. */

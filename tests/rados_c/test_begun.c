@@ -196,6 +196,24 @@ static int truncate_to_nothing(struct call *call) { return ra_data_truncate(call
 
 static bool is_refused(void *argument) { return write_one(argument, 2 * LENGTH, 'b') == -EAGAIN; }
 
+static void test_what_is_read_encrypted_is_for_who_may_wait(void) {
+    struct place place;
+    char bytes[LENGTH];
+    place_make(&place, false, 0);
+    memset(bytes, 'e', LENGTH);
+    CHECK_EQUAL(ra_data_write(place.data, bytes, 1000, 0), 0);
+    CHECK_EQUAL(ra_data_write(place.data, bytes, 10, STRIPE - 5), 0);
+    fake_encrypt();
+    CHECK_EQUAL(read_one(&place.object, STRIPE - LENGTH, bytes), 0);
+    CHECK(all_are(bytes + LENGTH - 5, 5, 'e'));
+    CHECK_EQUAL(read_one(&place.object, STRIPE, bytes), -EAGAIN);
+    CHECK_EQUAL(ra_data_read(place.data, bytes, LENGTH, STRIPE), 0);
+    CHECK(all_are(bytes, 5, 'e') && all_are(bytes + 5, LENGTH - 5, 0));
+    CHECK_EQUAL(ra_data_read(place.data, bytes, 20, STRIPE - 10), 0);
+    CHECK(all_are(bytes, 5, 0) && all_are(bytes + 5, 10, 'e') && all_are(bytes + 15, 5, 0));
+    place_close(&place);
+}
+
 static void test_a_truncation_waits_until_it_is_settled(void) {
     struct place place;
     place_make(&place, false, 0);
@@ -397,6 +415,7 @@ int main(void) {
         {"what was begun arrives", test_what_was_begun_arrives},
         {"what takes more than that is not begun", test_what_takes_more_than_that_is_not_begun},
         {"why a stripe is missing is for who may wait", test_why_a_stripe_is_missing_is_for_who_may_wait},
+        {"what is read encrypted is for who may wait", test_what_is_read_encrypted_is_for_who_may_wait},
         {"a truncation waits until it is settled", test_a_truncation_waits_until_it_is_settled},
         {"shut out under a claim it is done anew", test_shut_out_under_a_claim_it_is_done_anew},
         {"shut out without a claim", test_shut_out_without_a_claim_the_composer_has_to_know},

@@ -79,7 +79,9 @@ static void finish_oldest(struct batch *batch) {
     batch->count--;
     switch (piece->kind) {
     case BATCH_READ:
-        result = stripe_read_settle(result, piece->buffer, piece->length, &batch->missing);
+        result = result == STRIPE_SCATTERED ? stripe_read(batch->call, batch->key, piece->stripe, piece->buffer,
+                                                          piece->length, piece->offset, &batch->missing)
+                                            : stripe_read_settle(result, piece->buffer, piece->length, &batch->missing);
         break;
     case BATCH_REMOVE:
         result = result == -ENOENT ? 0 : stripe_change_settle(batch->call, result);
@@ -133,6 +135,7 @@ void batch_read(struct batch *batch, uint64_t stripe, void *buffer, size_t lengt
         return;
     piece->buffer = buffer;
     piece->length = length;
+    piece->offset = offset;
     added(batch, piece,
           connection->library.aio_read(connection->data, name, piece->completion, buffer, length, offset));
 }

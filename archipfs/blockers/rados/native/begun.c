@@ -115,14 +115,14 @@ int ra_data_settle(struct ra_data *data, struct ae_transfer *transfer, bool *ane
     const struct ra_library *library = &begun->call.connection->library;
     int result = library->aio_get_return_value(begun->completion);
     library->aio_release(begun->completion);
-    bool missing = false;
+    bool missing = false, scattered = !begun->writes && result == STRIPE_SCATTERED;
     if (begun->writes) {
         result = stripe_change_settle(&begun->call, result);
         ra_gate_leave(&data->gate);
     } else {
         result = stripe_read_settle(result, begun->buffer, begun->length, &missing);
     }
-    *anew = ra_call_again(&begun->call, result) || missing;
+    *anew = ra_call_again(&begun->call, result) || missing || scattered;
     free(begun);
     return result;
 }
