@@ -1,6 +1,8 @@
 /* Claims, being shut out and going on, operations that are not answered, and the end of a client. */
 #include "world.h"
 
+#include "client.h"
+
 #include <errno.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -429,6 +431,23 @@ static void test_what_cannot_be_opened(void) {
     CHECK_EQUAL(fake_clients(), 0);
 }
 
+static void test_a_pack_is_read_over_an_encrypted_connection(void) {
+    enum { BYTES = 5003 };
+    fake_reset();
+    struct ra_client *client = client_open(0);
+    struct ra_connection *connection = client->connection;
+    char content[BYTES], found[BYTES] = {0};
+    memset(content, 'p', BYTES);
+    CHECK_EQUAL(connection->library.write(connection->packs, "pack/a", content, BYTES, 0), 0);
+    struct ra_pack *pack;
+    CHECK_EQUAL(ra_pack_open(client, "pack/a", &pack), 0);
+    fake_encrypt();
+    CHECK_EQUAL(ra_pack_read(pack, found, BYTES, 0), 0);
+    CHECK_EQUAL(memcmp(found, content, BYTES), 0);
+    ra_pack_close(pack);
+    ra_client_close(client);
+}
+
 int main(void) {
     static const struct test tests[] = {
         {"a claim has one owner", test_a_claim_has_one_owner},
@@ -445,6 +464,7 @@ int main(void) {
         {"giving up does not wait for those who wait", test_giving_up_a_claim_does_not_wait_for_those_who_wait},
         {"shut out over and over", test_shut_out_over_and_over},
         {"what cannot be opened", test_what_cannot_be_opened},
+        {"a pack over an encrypted connection", test_a_pack_is_read_over_an_encrypted_connection},
     };
     return run_tests(tests, sizeof tests / sizeof *tests);
 }

@@ -79,9 +79,9 @@ static void finish_oldest(struct batch *batch) {
     batch->count--;
     switch (piece->kind) {
     case BATCH_READ:
-        result = result == STRIPE_SCATTERED ? stripe_read(batch->call, batch->key, piece->stripe, piece->buffer,
-                                                          piece->length, piece->offset, &batch->missing)
-                                            : stripe_read_settle(result, piece->buffer, piece->length, &batch->missing);
+        result = result == RA_SCATTERED ? stripe_read(batch->call, batch->key, piece->stripe, piece->buffer,
+                                                      piece->length, piece->offset, &batch->missing)
+                                        : stripe_read_settle(result, piece->buffer, piece->length, &batch->missing);
         break;
     case BATCH_REMOVE:
         result = result == -ENOENT ? 0 : stripe_change_settle(batch->call, result);

@@ -7,14 +7,7 @@
 
 #include "client.h"
 
-#include <errno.h>
-
 #define BATCH_WINDOW 16
-/*
- * What an asynchronous read comes to whose answer arrived in several pieces of memory: librados puts those together for
- * who waits, and not for a completion. With ms_client_mode = secure that is any that finds no multiple of 16 bytes.
- */
-#define STRIPE_SCATTERED (-ERANGE)
 /* kind/ident, a slash, 16 digits. */
 #define STRIPE_NAME_BYTES (RA_KEY_BYTES_MAX + 18)
 

@@ -115,7 +115,7 @@ int ra_data_settle(struct ra_data *data, struct ae_transfer *transfer, bool *ane
     const struct ra_library *library = &begun->call.connection->library;
     int result = library->aio_get_return_value(begun->completion);
     library->aio_release(begun->completion);
-    bool missing = false, scattered = !begun->writes && result == STRIPE_SCATTERED;
+    bool missing = false, scattered = !begun->writes && result == RA_SCATTERED;
     if (begun->writes) {
         result = stripe_change_settle(&begun->call, result);
         ra_gate_leave(&data->gate);

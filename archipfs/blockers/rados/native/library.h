@@ -6,6 +6,7 @@
 #ifndef ARCHIPFS_RADOS_LIBRARY_H
 #define ARCHIPFS_RADOS_LIBRARY_H
 
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/time.h>
@@ -20,6 +21,12 @@ typedef void (*ra_callback)(ra_completion completion, void *argument);
 /* LIBRADOS_CREATE_EXCLUSIVE, LIBRADOS_LOCK_FLAG_MAY_RENEW */
 #define RA_CREATE_EXCLUSIVE 1
 #define RA_LOCK_MAY_RENEW 1
+
+/*
+ * What an asynchronous read comes to whose answer arrived in several pieces of memory: librados puts those together for
+ * who waits, and not for a completion. With ms_client_mode = secure that is any that finds no multiple of 16 bytes.
+ */
+#define RA_SCATTERED (-ERANGE)
 
 /* F(result, name without "rados_", (parameters)) */
 #define RA_FUNCTIONS(F)                                                                                                \

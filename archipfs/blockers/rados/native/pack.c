@@ -60,6 +60,8 @@ static int read_piece(const struct ra_connection *connection, const char *key, c
         got = library->aio_get_return_value(completion);
     }
     library->aio_release(completion);
+    if (got == RA_SCATTERED)
+        got = library->read(connection->packs, key, to, length, offset);
     /* It never changes: short of its size it is damaged. */
     return got < 0 ? got : (size_t)got < length ? -EIO : 0;
 }
