@@ -202,13 +202,17 @@ class SealedStore:
     # For the resolvers
 
     def region_ahead(self, leaf: Digest) -> "_Awaited | None":
-        """``region``, by another thread. ``None`` where that takes too little time to be worth it."""
+        """``region``, by another thread. ``None`` where that takes too little time to be worth it, or none can be had:
+        then whoever needs it asks for it himself."""
         with self._mutex:
             if not self._far:
                 return None
             if self._ahead is None:
                 self._ahead = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="regions-ahead")
-            return _Awaited(self._forgotten, self._ahead.submit(self.region, leaf))
+            try:
+                return _Awaited(self._forgotten, self._ahead.submit(self.region, leaf))
+            except RuntimeError:  # Python's, where the system gives no more threads
+                return None
 
     def await_region(self, awaited: "_Awaited") -> _Places | None:
         """What ``region_ahead`` was asked for; ``None`` if ``region`` is to be called instead: nobody has begun yet, or

@@ -348,3 +348,19 @@ def test_what_failed_ahead_is_tried_again(resolving: Resolving) -> None:
     with resolving.node.using(resolving.node.find("image")) as opened:
         resolving.read_three(opened)
         resolving.read(opened, range(3, 6))
+
+
+def test_where_no_thread_can_be_had_regions_are_resolved_by_who_reads(
+    resolving: Resolving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("regions-ahead"):
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with resolving.node.using(resolving.node.find("image")) as opened:
+        resolving.read(opened, range(6))
+    assert [ahead for _, ahead in resolving.calls] == [False] * 6
